@@ -1,0 +1,1 @@
+//! Buffers between HTTP/2 streams and their users.

@@ -1,0 +1,8 @@
+//! What both ends of an environment's byte stream share: the wire types ([`wire`]) and the buffers that
+//! keep one slow HTTP/2 stream from disturbing the others ([`flow`]).
+//!
+//! This library does not know sessions, users or SSH.
+#![forbid(unsafe_code)]
+
+pub mod flow;
+pub mod wire;

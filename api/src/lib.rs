@@ -1,0 +1,10 @@
+//! What a session is, who may have it, where it runs and when it ends.
+//!
+//! This crate does not know SSH, terminals or browsers.
+#![forbid(unsafe_code)]
+
+pub mod environment;
+pub mod exam;
+pub mod identity;
+pub mod reason;
+pub mod session;
