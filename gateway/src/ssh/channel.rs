@@ -1,0 +1,321 @@
+//! What one channel does, from its request to its close, each in one function read from top to bottom.
+use std::sync::Arc;
+
+use bytes::Bytes;
+use carrel_agent::{
+    flow::{Inbound, Outbound},
+    wire::{Join, ProcessSpec, Pty},
+};
+use carrel_api::environment::link::{Control, Exit, Process};
+use russh::{
+    ChannelOpenFailure, ChannelWriteHalf,
+    server::{ChannelOpenHandle, Msg},
+};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::{connection::Entry, inbox::Inbox};
+use crate::bridge::{Refusal, Visit};
+
+/// The status of everything that is not a process's own.
+const LOST: u32 = 255;
+const STDERR: u32 = 1;
+
+/// What the client sends on a channel.
+pub struct Inputs {
+    /// Its bytes.
+    pub inbox: Arc<Inbox>,
+    /// The latest size of its window.
+    pub sizes: watch::Receiver<Option<(u16, u16)>>,
+    /// Signals, by name.
+    pub signals: mpsc::Receiver<&'static str>,
+    /// The client has closed the channel, or is gone.
+    pub gone: CancellationToken,
+    /// The server ends.
+    pub shutdown: CancellationToken,
+}
+
+/// The request that makes a channel do something.
+pub struct Start {
+    pub what: What,
+    pub pty: Option<Pty>,
+    pub env: Vec<(String, String)>,
+}
+
+pub enum What {
+    Shell,
+    Command(Vec<u8>),
+    Sftp,
+}
+
+/// How a channel ends: its status, and a line that says why if there is a reason to.
+struct Ending {
+    status: u32,
+    why: Option<String>,
+}
+
+impl Ending {
+    fn because(why: impl ToString) -> Self {
+        Self { status: LOST, why: Some(why.to_string()) }
+    }
+}
+
+/// The client's side of a channel: what is written to it, and how.
+struct Outlet {
+    write: ChannelWriteHalf<Msg>,
+    gone: CancellationToken,
+    terminal: bool,
+}
+
+/// The client is gone.
+struct Gone;
+
+impl Outlet {
+    async fn data(&self, data: Bytes) -> Result<(), Gone> {
+        self.unless_gone(self.write.data_bytes(data)).await
+    }
+
+    async fn error_data(&self, data: Bytes) -> Result<(), Gone> {
+        self.unless_gone(self.write.extended_data_bytes(STDERR, data)).await
+    }
+
+    /// A writer that waits for window is not woken when the client goes.
+    async fn unless_gone(&self, sent: impl Future<Output = Result<(), russh::Error>>) -> Result<(), Gone> {
+        tokio::select! {
+            biased;
+            sent = sent => sent.map_err(|_| Gone),
+            () = self.gone.cancelled() => Err(Gone),
+        }
+    }
+
+    /// A line of our own: on the terminal where there is one, else on stderr.
+    async fn line(&self, text: &str) -> Result<(), Gone> {
+        if self.terminal {
+            self.data(format!("\r\ncarrel: {text}\r\n").into()).await
+        } else {
+            self.error_data(format!("carrel: {text}\n").into()).await
+        }
+    }
+
+    /// Why, the end of data, the status, the close: in this order, always.
+    async fn end(&self, ending: Ending) {
+        let told = async {
+            if let Some(why) = ending.why {
+                self.line(&why).await?;
+            }
+            self.unless_gone(self.write.eof()).await?;
+            self.unless_gone(self.write.exit_status(ending.status)).await?;
+            self.unless_gone(self.write.close()).await
+        };
+        // `Gone` is the client's own end.
+        let _ = told.await;
+    }
+}
+
+/// A session channel: waits for its request, then for its environment, runs the process and reports how it ended.
+pub async fn session(
+    write: ChannelWriteHalf<Msg>,
+    inputs: Inputs,
+    started: oneshot::Receiver<Start>,
+    entry: Entry,
+) {
+    let start = tokio::select! {
+        start = started => match start { Ok(start) => start, Err(_) => return },
+        () = inputs.gone.cancelled() => return,
+    };
+    let outlet = Outlet { write, gone: inputs.gone.clone(), terminal: start.pty.is_some() };
+    let ending = match entry {
+        Ok(visit) => {
+            tokio::select! {
+                ending = run(&outlet, &inputs.inbox, inputs.sizes, inputs.signals, start, &visit) => ending,
+                over = visit.over() => Ending::because(over),
+                () = inputs.shutdown.cancelled() => Ending::because("the exam server restarts; connect again, your shell goes on"),
+                () = inputs.gone.cancelled() => return,
+            }
+        }
+        Err(refusal) => Ending::because(refusal),
+    };
+    outlet.end(ending).await;
+}
+
+async fn run(
+    outlet: &Outlet,
+    inbox: &Inbox,
+    sizes: watch::Receiver<Option<(u16, u16)>>,
+    signals: mpsc::Receiver<&'static str>,
+    start: Start,
+    visit: &Visit,
+) -> Ending {
+    if let Err(refusal) = ready(outlet, visit).await {
+        return Ending::because(refusal);
+    }
+    let process = match open(start, visit, &sizes).await {
+        Ok(process) => process,
+        Err(refusal) => return Ending::because(refusal),
+    };
+    let Process { stdin, stdout, stderr, control, .. } = process;
+    let exit = tokio::select! {
+        exit = output(outlet, stdout, stderr) => exit,
+        never = input(inbox, stdin) => match never {},
+        never = requests(&control, sizes, signals) => match never {},
+    };
+    match exit {
+        Ok(Exit::Signal { out_of_memory: true, .. }) => Ending {
+            status: 128 + 9,
+            why: Some("the process was ended: your environment is out of memory".to_owned()),
+        },
+        Ok(Exit::Lost(reason)) => {
+            tracing::warn!(reason, "a process's exit status was lost");
+            Ending::because(visit.lost().await)
+        }
+        Ok(exit) => Ending { status: exit.status(), why: None },
+        Err(Gone) => std::future::pending().await,
+    }
+}
+
+/// A terminal shows numbered progress; a command waits without a word, its stdin is kept.
+async fn ready(outlet: &Outlet, visit: &Visit) -> Result<(), Refusal> {
+    if !outlet.terminal {
+        return visit.ready(|_| ()).await;
+    }
+    let (progress, mut steps) = mpsc::unbounded_channel();
+    let show = async {
+        while let Some(line) = steps.recv().await {
+            if outlet.data(line).await.is_err() {
+                break;
+            }
+        }
+        std::future::pending().await
+    };
+    tokio::select! {
+        biased;
+        // At most one message a step.
+        ready = visit.ready(|step| {
+            let _ = progress.send(Bytes::from(format!("[{}/{}] {}\r\n", step.step, step.of, step.text)));
+        }) => ready,
+        never = show => never,
+    }
+}
+
+async fn open(start: Start, visit: &Visit, sizes: &watch::Receiver<Option<(u16, u16)>>) -> Result<Process, Refusal> {
+    let Start { what, mut pty, env } = start;
+    if let (Some(pty), Some((cols, rows))) = (&mut pty, *sizes.borrow()) {
+        (pty.cols, pty.rows) = (cols, rows);
+    }
+    if visit.access.only_watches() {
+        return Err(Refusal::Forbidden("your access is for watching only; use the staff page"));
+    }
+    let interactive = matches!(what, What::Shell) && pty.is_some();
+    let spec = ProcessSpec {
+        env,
+        pty,
+        keep_seconds: interactive.then_some(u64::from(visit.exam.reconnect_window_seconds)),
+        join: if interactive { Join::Ssh } else { Join::Never },
+        sftp: matches!(what, What::Sftp),
+    };
+    let command = match &what {
+        What::Command(command) => Some(command.as_slice()),
+        What::Shell | What::Sftp => None,
+    };
+    visit.start(command, spec).await
+}
+
+/// stdout and stderr to the client until both have ended, then the status.
+async fn output(outlet: &Outlet, mut stdout: Inbound, mut stderr: Option<Inbound>) -> Result<Exit, Gone> {
+    let mut stdout_open = true;
+    while stdout_open || stderr.is_some() {
+        tokio::select! {
+            chunk = stdout.read(), if stdout_open => match chunk {
+                Ok(Some(chunk)) => outlet.data(chunk).await?,
+                Ok(None) => stdout_open = false,
+                Err(closed) => return Ok(Exit::Lost(closed.to_string())),
+            },
+            chunk = async { match &mut stderr { Some(stderr) => stderr.read().await, None => std::future::pending().await } } => match chunk {
+                Ok(Some(chunk)) => outlet.error_data(chunk).await?,
+                // A lost stderr is reported by stdout's missing status.
+                Ok(None) | Err(_) => stderr = None,
+            },
+        }
+    }
+    Ok(Exit::read(&mut stdout).await)
+}
+
+/// The client's bytes to stdin, then its end. Never resolves: a process that reads no more is not an end.
+async fn input(inbox: &Inbox, mut stdin: Outbound) -> std::convert::Infallible {
+    while let Some(chunk) = inbox.read().await {
+        if stdin.write(chunk).await.is_err() {
+            // Nobody reads: what else comes is dropped, and the window stays open.
+            inbox.close();
+            return std::future::pending().await;
+        }
+    }
+    stdin.finish();
+    // Dropped with the process, not before: an unfinished stream is reset.
+    std::future::pending().await
+}
+
+/// Resizes and signals to the process. Never resolves.
+async fn requests(
+    control: &Control,
+    mut sizes: watch::Receiver<Option<(u16, u16)>>,
+    mut signals: mpsc::Receiver<&'static str>,
+) -> std::convert::Infallible {
+    sizes.mark_unchanged();
+    loop {
+        let done = tokio::select! {
+            Ok(()) = sizes.changed() => {
+                let size = *sizes.borrow_and_update();
+                match size {
+                    Some((cols, rows)) => control.resize(cols, rows).await,
+                    None => Ok(()),
+                }
+            }
+            Some(name) = signals.recv() => control.signal(name).await,
+            else => std::future::pending().await,
+        };
+        if let Err(error) = done {
+            tracing::debug!(%error, "a resize or signal did not reach its process");
+        }
+    }
+}
+
+/// A `direct-tcpip` channel to a port of the environment's loopback.
+pub async fn tcp(
+    write: ChannelWriteHalf<Msg>,
+    inputs: Inputs,
+    visit: Arc<Visit>,
+    port: u16,
+    reply: ChannelOpenHandle,
+) {
+    let connected = async {
+        visit.ready(|_| ()).await?;
+        visit.tcp(port).await
+    };
+    let (to, mut from) = tokio::select! {
+        connected = connected => match connected {
+            Ok(streams) => streams,
+            Err(refusal) => {
+                tracing::info!(%refusal, port, "a forwarded connection was refused");
+                return reply.reject(ChannelOpenFailure::ConnectFailed).await;
+            }
+        },
+        () = inputs.gone.cancelled() => return,
+    };
+    reply.accept().await;
+    let outlet = Outlet { write, gone: inputs.gone.clone(), terminal: false };
+    let down = async {
+        while let Ok(Some(chunk)) = from.read().await {
+            outlet.data(chunk).await?;
+        }
+        outlet.unless_gone(outlet.write.eof()).await
+    };
+    let up = input(&inputs.inbox, to);
+    tokio::select! {
+        _ = down => {}
+        never = up => match never {},
+        _ = visit.over() => {}
+        () = inputs.shutdown.cancelled() => {}
+        () = inputs.gone.cancelled() => return,
+    }
+    let _ = outlet.unless_gone(outlet.write.close()).await;
+}

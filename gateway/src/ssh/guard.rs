@@ -1,0 +1,104 @@
+//! The TCP stream of one SSH connection, with the three things that russh's loop cannot do by itself: be ended from
+//! outside at any point, read slowly while too much waits, and give up on a peer that takes nothing.
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    time::{Instant, Sleep, sleep},
+};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+
+use super::inbox::Load;
+
+/// Between two reads of a connection that has too much waiting.
+const PACE: Duration = Duration::from_millis(5);
+/// A write that the peer's kernel has not taken for this long ends the connection. russh waits for its writes without
+/// a limit, and neither reads nor counts keepalives meanwhile.
+const WRITE_STALL: Duration = Duration::from_secs(60);
+
+/// See the module's documentation.
+pub struct Guarded {
+    stream: TcpStream,
+    load: Arc<Load>,
+    ended: Pin<Box<WaitForCancellationFutureOwned>>,
+    pace: Pin<Box<Sleep>>,
+    pacing: bool,
+    stall: Pin<Box<Sleep>>,
+    stalling: bool,
+}
+
+impl Guarded {
+    /// Ends with an error once `end` is cancelled.
+    pub fn new(stream: TcpStream, load: Arc<Load>, end: CancellationToken) -> Self {
+        Self {
+            stream,
+            load,
+            ended: Box::pin(end.cancelled_owned()),
+            pace: Box::pin(sleep(Duration::ZERO)),
+            pacing: false,
+            stall: Box::pin(sleep(Duration::ZERO)),
+            stalling: false,
+        }
+    }
+
+    fn check_ended(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        match self.ended.as_mut().poll(cx) {
+            Poll::Ready(()) => Err(io::Error::new(io::ErrorKind::ConnectionAborted, "ended by the server")),
+            Poll::Pending => Ok(()),
+        }
+    }
+
+    fn watch_write<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.stalling = false;
+            return written;
+        }
+        if !self.stalling {
+            self.stalling = true;
+            self.stall.as_mut().reset(Instant::now() + WRITE_STALL);
+        }
+        match self.stall.as_mut().poll(cx) {
+            Poll::Ready(()) => Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes no data"))),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+impl AsyncRead for Guarded {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.check_ended(cx)?;
+        if self.pacing {
+            ready!(self.pace.as_mut().poll(cx));
+            self.pacing = false;
+        }
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
+        if self.load.paced() {
+            self.pacing = true;
+            self.pace.as_mut().reset(Instant::now() + PACE);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Guarded {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        self.check_ended(cx)?;
+        let written = Pin::new(&mut self.stream).poll_write(cx, data);
+        self.watch_write(cx, written)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
