@@ -165,7 +165,8 @@ impl Bridge {
         let session_id = access.session_id();
         let seat = self.seat(session_id)?;
         let feed = bounded(self.lifecycle.watch(session_id)).await?;
-        let exam = bounded(self.store.environment_exam(session_id)).await?;
+        let session = Arc::clone(&feed.borrow());
+        let exam = bounded(self.store.environment_exam(&session)).await?;
         Ok(Visit {
             access,
             exam,

@@ -1,2 +1,56 @@
-//! The one binary.
-fn main() {}
+//! `carrel`: wires the command line to the parts.
+#![forbid(unsafe_code)]
+use std::process::ExitCode;
+
+use carrel_gateway::{
+    demo, keys,
+    options::{Cli, Command, LogFormat},
+    serve::{Server, told_to_end},
+};
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return failed(&error.into()),
+    };
+    match runtime.block_on(run(cli)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed(&error),
+    }
+}
+
+async fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Serve(options) => {
+            log(options.log_format, "info");
+            let server = Server::start(&options).await?;
+            told_to_end().await?;
+            server.stop().await;
+            Ok(())
+        }
+        Command::Demo(options) => {
+            log(options.log_format, "warn");
+            Ok(demo::run(&options).await?)
+        }
+        Command::ApiKey { database, action } => Ok(keys::run(&database, action).await?),
+    }
+}
+
+/// To stderr; `CARREL_LOG` filters as `tracing_subscriber::EnvFilter` reads it.
+fn log(format: LogFormat, default: &str) {
+    let filter = EnvFilter::try_from_env("CARREL_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => subscriber.init(),
+        LogFormat::Json => subscriber.json().init(),
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "the last words of a command line program")]
+fn failed(error: &anyhow::Error) -> ExitCode {
+    eprintln!("carrel: {error:#}");
+    ExitCode::FAILURE
+}

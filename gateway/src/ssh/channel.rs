@@ -6,7 +6,7 @@ use carrel_agent::{
     flow::{Inbound, Outbound},
     wire::{Join, ProcessSpec, Pty},
 };
-use carrel_api::environment::link::{Control, Exit, Process};
+use carrel_api::environment::link::{self, Control, Exit, Process};
 use russh::{
     ChannelOpenFailure, ChannelWriteHalf,
     server::{ChannelOpenHandle, Msg},
@@ -237,7 +237,7 @@ async fn output(outlet: &Outlet, mut stdout: Inbound, mut stderr: Option<Inbound
             },
         }
     }
-    Ok(Exit::read(&mut stdout).await)
+    Ok(link::exit(&mut stdout).await)
 }
 
 /// The client's bytes to stdin, then its end. Never resolves: a process that reads no more is not an end.
@@ -296,6 +296,8 @@ pub async fn tcp(
             Ok(streams) => streams,
             Err(refusal) => {
                 tracing::info!(%refusal, port, "a forwarded connection was refused");
+                // The channel never was: its place is free again.
+                inputs.gone.cancel();
                 return reply.reject(ChannelOpenFailure::ConnectFailed).await;
             }
         },

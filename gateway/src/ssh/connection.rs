@@ -194,6 +194,7 @@ impl Connection {
     /// Room for one more channel, and its two ends.
     fn open(&mut self, channel: ChannelId) -> Option<(Inputs, oneshot::Receiver<Start>, Entry)> {
         let entry = self.entry.clone()?;
+        self.doors.retain(|_, door| !door.gone.is_cancelled());
         if self.doors.len() >= CHANNELS_PER_CONNECTION {
             return None;
         }
