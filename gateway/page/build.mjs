@@ -1,6 +1,7 @@
 // Bundles the page into dist/, which the server embeds. Asset names carry a hash of their content, so that they may be cached for ever.
-import { mkdir, readFile, readdir, rm, writeFile } from "node:fs/promises";
+import { readFile, readdir, rm, writeFile } from "node:fs/promises";
 import { basename } from "node:path";
+import { gzipSync } from "node:zlib";
 import { build } from "esbuild";
 
 const common = { bundle: true, target: ["chrome100", "firefox100", "safari15.4"], logLevel: "warning", legalComments: "eof" };
@@ -18,6 +19,6 @@ if (process.argv.includes("--test")) {
     return `/assets/${basename(found)}`;
   };
   const html = await readFile("src/index.html", "utf8");
-  await mkdir("dist", { recursive: true });
+  for (const path of Object.keys(result.metafile.outputs)) await writeFile(`${path}.gz`, gzipSync(await readFile(path), { level: 9 }));
   await writeFile("dist/index.html", html.replaceAll("{{script}}", asset(".js")).replaceAll("{{style}}", asset(".css")));
 }
