@@ -2,6 +2,8 @@
 //!
 //! Nothing above this module knows whether an environment is a pod or a sandbox, and nothing above
 //! [`Environment::connect`] knows what carries the byte stream.
+pub mod link;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use async_trait::async_trait;
