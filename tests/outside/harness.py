@@ -693,46 +693,39 @@ class Demo:
 
 
 class Postgres:
-    """A PostgreSQL of the suite's own, on a free port of 127.0.0.1; may be stopped, frozen and started again."""
+    """A PostgreSQL of the suite's own, made by `tests/postgres.sh`; may be stopped and started again."""
 
     def __init__(self, work: Path) -> None:
-        self.work = Path(tempfile.mkdtemp(prefix="postgres-", dir=work))
-        self.port = free_port()
-        versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-        assert versions, "PostgreSQL is not installed: apt-get install postgresql"
-        self.bin = versions[-1].parent
-        self.data = self.work / "data"
-        self.user: str | None = None
-        if os.geteuid() == 0:
-            self.user = "postgres"
-            shutil.chown(self.work, self.user)
-        self._run(str(self.bin / "initdb"), "-D", str(self.data), "-U", "carrel", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8")
-        self.start()
+        script = REPOSITORY / "tests/postgres.sh"
+        # Its server keeps the standard output it is given: a file, not a pipe, or reading would never end.
+        told = work / "postgres.env"
+        with told.open("wb") as out:
+            subprocess.run([str(script), "start"], env=os.environ | {"TMPDIR": str(work)}, stdin=subprocess.DEVNULL, stdout=out, check=True, timeout=90)
+        words = dict(word.split("=", 1) for line in told.read_text().splitlines() for word in shlex.split(line) if "=" in word)
+        self.url: str = words["CARREL_TEST_POSTGRES_URL"]
+        self.directory = Path(words["CARREL_TEST_POSTGRES_DIR"])
+        self._script = script
+        self._options = (self.directory / "data/postmaster.opts").read_text().split(None, 1)[1]
 
-    def _run(self, *argv: str) -> None:
-        done = subprocess.run(argv, user=self.user, cwd=self.work, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
-        assert done.returncode == 0, f"{argv[0]}: {told(done)}"
-
-    def start(self) -> None:
-        """Starts it and waits until it answers."""
-        settings = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
-        argv = [str(self.bin / "pg_ctl"), "-D", str(self.data), "-w", "-t", "30", "-l", str(self.work / "log"), "-o", settings, "start"]
-        done = subprocess.run(
-            argv, user=self.user, cwd=self.work, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60
-        )
-        assert done.returncode == 0, f"PostgreSQL did not start: {(self.work / 'log').read_text()[-2000:]}"
+    def _pg_ctl(self, *words: str) -> None:
+        program = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))[-1]
+        user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+        argv = [str(program), "-D", str(self.directory / "data"), "-w", "-t", "30", "-l", str(self.directory / "log"), *words]
+        done = subprocess.run(argv, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60, **user)  # type: ignore[call-overload]
+        assert done.returncode == 0, f"pg_ctl {words}: {(self.directory / 'log').read_text()[-2000:]}"
 
     def stop(self) -> None:
-        """Ends it at once."""
-        self._run(str(self.bin / "pg_ctl"), "-D", str(self.data), "-w", "-m", "immediate", "stop")
+        """Ends it at once, without goodbye to its clients."""
+        self._pg_ctl("-m", "immediate", "stop")
 
-    def sql(self, statement: str, database: str = "postgres") -> str:
+    def start(self) -> None:
+        """Starts it again, on the same port."""
+        options = " ".join(word for word in shlex.split(self._options) if word != "-D" and not word.endswith("/data"))
+        self._pg_ctl("-o", options, "start")
+
+    def sql(self, statement: str, url: str | None = None) -> str:
         """Runs a statement and returns its rows, unaligned."""
-        done = subprocess.run(
-            [str(self.bin / "psql"), "-XAtq", "-h", "127.0.0.1", "-p", str(self.port), "-U", "carrel", "-d", database, "-c", statement],
-            capture_output=True,
-            timeout=30,
-        )
+        done = subprocess.run(["psql", "-XAtq", "-d", url or self.url, "-c", statement], capture_output=True, timeout=30)
         assert done.returncode == 0, told(done)
         return done.stdout.decode().strip()
 
@@ -740,10 +733,8 @@ class Postgres:
         """The URL of a new, empty database."""
         name = f"t{uuid.uuid4().hex[:12]}"
         self.sql(f"create database {name}")
-        return f"postgres://carrel@127.0.0.1:{self.port}/{name}"
+        return self.url.rsplit("/", 1)[0] + f"/{name}"
 
     def close(self) -> None:
         """Ends it and removes its data."""
-        with contextlib.suppress(AssertionError):
-            self.stop()
-        shutil.rmtree(self.work, ignore_errors=True)
+        subprocess.run([str(self._script), "stop", str(self.directory)], check=True, timeout=60)
