@@ -3,6 +3,7 @@
 //! Nothing above this module knows whether an environment is a pod or a sandbox, and nothing above
 //! [`Environment::connect`] knows what carries the byte stream.
 pub mod link;
+pub mod local;
 
 use std::{collections::BTreeMap, sync::Arc};
 
