@@ -12,7 +12,7 @@ use std::{
 };
 
 use sqlx::{
-    Any, AnyPool, Row as _, Transaction as SqlTransaction,
+    Any, AnyConnection, AnyPool, Connection as _, Row as _, Transaction as SqlTransaction,
     any::{AnyConnectOptions, AnyPoolOptions},
 };
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -119,6 +119,20 @@ impl Store {
             None => (Dialect::Postgres, url.to_owned(), None),
         };
         let options: AnyConnectOptions = url.parse().map_err(StoreError::from)?;
+        // Not from the pool: it tries again for seconds where the first error says what is wrong.
+        let connect = async {
+            let mut connection = AnyConnection::connect_with(&options).await?;
+            sqlx::raw_sql(dialect.settings()).execute(&mut connection).await?;
+            Ok::<_, StoreError>(connection)
+        };
+        let mut connection = tokio::time::timeout(ACQUIRE_TIMEOUT, connect)
+            .await
+            .unwrap_or(Err(StoreError::Unavailable("there was no answer in time")))?;
+        tokio::time::timeout(MIGRATION_TIMEOUT, migration::migrate(&mut connection, dialect))
+            .await
+            .unwrap_or(Err(StoreError::Unavailable("bringing its schema up to date took too long")))?;
+        // The schema is made: how this connection ends changes nothing.
+        let _ = connection.close().await;
         let pool = AnyPoolOptions::new()
             .max_connections(match dialect {
                 Dialect::Sqlite => SQLITE_CONNECTIONS,
@@ -129,15 +143,7 @@ impl Store {
                 Box::pin(async move { sqlx::raw_sql(dialect.settings()).execute(connection).await.map(drop) })
             })
             .connect_lazy_with(options);
-        let store = Self { pool, dialect, writer: Arc::new(Semaphore::new(1)), _lock: lock };
-        let migrate = async {
-            let mut connection = store.pool.acquire().await?.detach();
-            migration::migrate(&mut connection, dialect).await
-        };
-        tokio::time::timeout(MIGRATION_TIMEOUT, migrate)
-            .await
-            .unwrap_or(Err(StoreError::Unavailable("bringing its schema up to date took too long")))?;
-        Ok(store)
+        Ok(Self { pool, dialect, writer: Arc::new(Semaphore::new(1)), _lock: lock })
     }
 
     /// Closes every connection. Calls after this get [`StoreError::Unavailable`].

@@ -114,7 +114,7 @@ fn api_key(row: &AnyRow) -> Result<ApiKey, StoreError> {
         row: ApiKeyRow {
             id: row.try_get("id")?,
             name: row.try_get("name")?,
-            scopes: row.try_get::<String, _>("scopes")?.split(' ').map(str::to_owned).collect(),
+            scopes: row.try_get::<String, _>("scopes")?.split_whitespace().map(str::to_owned).collect(),
             secret_hash: row.try_get("secret_hash")?,
         },
         created_at: row.try_get("created_at")?,
