@@ -43,9 +43,7 @@ pub enum Refusal {
     #[error("{0}")]
     Over(Over),
     /// Too many connections.
-    #[error(
-        "this session has {CONNECTIONS_PER_SESSION} connections already; close one and try again"
-    )]
+    #[error("this session has {CONNECTIONS_PER_SESSION} connections already; close one and try again")]
     TooManyConnections,
     /// The environment did not become ready in time.
     #[error("your environment did not become ready in time; tell your proctor")]
@@ -57,7 +55,9 @@ pub enum Refusal {
     #[error("{0}")]
     Refused(String),
     /// The environment's connection failed and no end of the session explains it.
-    #[error("the connection to your environment was lost; connect again, and tell your proctor if this repeats")]
+    #[error(
+        "the connection to your environment was lost; connect again, and tell your proctor if this repeats"
+    )]
     Lost,
     /// The database does not answer.
     #[error("the exam server cannot reach its database now; your session goes on, try again in a moment")]

@@ -194,7 +194,11 @@ impl HostPort {
     /// For a URL's authority.
     #[must_use]
     pub fn authority(&self) -> String {
-        if self.host.contains(':') { format!("[{}]:{}", self.host, self.port) } else { format!("{}:{}", self.host, self.port) }
+        if self.host.contains(':') {
+            format!("[{}]:{}", self.host, self.port)
+        } else {
+            format!("{}:{}", self.host, self.port)
+        }
     }
 }
 
@@ -211,7 +215,10 @@ mod tests {
     #[test]
     fn hosts_and_ports_are_read_strictly() {
         assert_eq!("[::1]:22".parse(), Ok(HostPort { host: "::1".to_owned(), port: 22 }));
-        assert_eq!("exam.example.org:2222".parse(), Ok(HostPort { host: "exam.example.org".to_owned(), port: 2222 }));
+        assert_eq!(
+            "exam.example.org:2222".parse(),
+            Ok(HostPort { host: "exam.example.org".to_owned(), port: 2222 })
+        );
         for bad in ["host", "host:0", "host:x", ":22", "::1:22", "a b:22"] {
             assert_eq!(bad.parse::<HostPort>(), Err(MalformedHostPort), "{bad}");
         }

@@ -10,7 +10,11 @@ use std::{
 use carrel_api::{
     access::AuthError,
     credential::Auth,
-    environment::{Environment, EnvironmentError, link::Links, local::{LocalEnvironment, LocalOptions}},
+    environment::{
+        Environment, EnvironmentError,
+        link::Links,
+        local::{LocalEnvironment, LocalOptions},
+    },
     exam::{self, ExamError},
     http::{self as api_http, ApiState, Public},
     lifecycle::Lifecycle,
@@ -35,7 +39,9 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The data directory.
-    #[error("the data directory {0} cannot be used: {1}; make it writable, or choose another with --data-dir")]
+    #[error(
+        "the data directory {0} cannot be used: {1}; make it writable, or choose another with --data-dir"
+    )]
     DataDir(PathBuf, io::Error),
     /// The file with the database's URL.
     #[error("the database URL cannot be read from {0}: {1}")]
@@ -90,10 +96,13 @@ impl Server {
         let http_listener = listen(options.http_listen, "--http-listen").await?;
         let ssh_listener = listen(options.ssh_listen, "--ssh-listen").await?;
         let bound = |listener: &TcpListener| listener.local_addr();
-        let http_bound = bound(&http_listener).map_err(|e| StartError::Listen(options.http_listen, e, "--http-listen"))?;
-        let ssh_bound = bound(&ssh_listener).map_err(|e| StartError::Listen(options.ssh_listen, e, "--ssh-listen"))?;
+        let http_bound =
+            bound(&http_listener).map_err(|e| StartError::Listen(options.http_listen, e, "--http-listen"))?;
+        let ssh_bound =
+            bound(&ssh_listener).map_err(|e| StartError::Listen(options.ssh_listen, e, "--ssh-listen"))?;
 
-        let host_key_file = options.ssh_host_key_file.clone().unwrap_or_else(|| data_dir.join("ssh_host_ed25519_key"));
+        let host_key_file =
+            options.ssh_host_key_file.clone().unwrap_or_else(|| data_dir.join("ssh_host_ed25519_key"));
         let host_key = hostkey::load_or_create(&host_key_file)?;
         let ssh_public = options.public_ssh.clone().unwrap_or_else(|| HostPort::from(ssh_bound));
         let url = options
@@ -122,7 +131,13 @@ impl Server {
         let shutdown = CancellationToken::new();
         let parts = TaskTracker::new();
         let api = ApiState::new(store.clone(), Arc::clone(&lifecycle), Arc::clone(&auth), public.clone());
-        let web = WebState::new(Arc::clone(&auth), Arc::clone(&bridge), &public, &options.allowed_origins, shutdown.clone());
+        let web = WebState::new(
+            Arc::clone(&auth),
+            Arc::clone(&bridge),
+            &public,
+            &options.allowed_origins,
+            shutdown.clone(),
+        );
         let router = api_http::router(api).merge(web::router(web));
         let ssh = Arc::new(Ssh::new(Arc::clone(&auth), bridge, host_key, options.ssh_penalty_exempt.clone()));
         parts.spawn(Arc::clone(&lifecycle).run(shutdown.clone()));
@@ -193,7 +208,9 @@ async fn environment(options: &Serve, data_dir: &Path) -> Result<Arc<dyn Environ
         return Err(StartError::NoAgent);
     }
     match options.environment {
-        EnvironmentKind::Local => Ok(LocalEnvironment::new(LocalOptions { data_dir: data_dir.to_owned(), agent: AGENT })?),
+        EnvironmentKind::Local => {
+            Ok(LocalEnvironment::new(LocalOptions { data_dir: data_dir.to_owned(), agent: AGENT })?)
+        }
         EnvironmentKind::Kubernetes => Err(StartError::Environment(EnvironmentError::NotFound)),
     }
 }

@@ -112,7 +112,8 @@ impl Ssh {
     }
 
     async fn connection(self: Arc<Self>, mut stream: TcpStream, peer: SocketAddr, shutdown: CancellationToken) {
-        let place = match self.throttle.admit(peer.ip(), std::time::Instant::now(), rand::rng().random()) {
+        let dice = rand::rng().random();
+        let place = match self.throttle.admit(peer.ip(), std::time::Instant::now(), dice) {
             Ok(place) => place,
             Err(refused) => {
                 tracing::info!(?refused, "a connection was refused before its login");

@@ -197,7 +197,11 @@ async fn ready(outlet: &Outlet, visit: &Visit) -> Result<(), Refusal> {
     }
 }
 
-async fn open(start: Start, visit: &Visit, sizes: &watch::Receiver<Option<(u16, u16)>>) -> Result<Process, Refusal> {
+async fn open(
+    start: Start,
+    visit: &Visit,
+    sizes: &watch::Receiver<Option<(u16, u16)>>,
+) -> Result<Process, Refusal> {
     let Start { what, mut pty, env } = start;
     if let (Some(pty), Some((cols, rows))) = (&mut pty, *sizes.borrow()) {
         (pty.cols, pty.rows) = (cols, rows);

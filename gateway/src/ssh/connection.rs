@@ -5,10 +5,7 @@
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Instant};
 
 use carrel_agent::wire::Pty;
-use carrel_api::{
-    access::Access,
-    credential::LoginError,
-};
+use carrel_api::{access::Access, credential::LoginError};
 use russh::{
     Channel, ChannelId, ChannelOpenFailure, Disconnect, Sig,
     keys::PublicKey,
@@ -156,7 +153,9 @@ impl Connection {
     /// A login that cannot be decided now: the client is told, and disconnected.
     async fn undecided(&mut self, sentence: &'static str) -> Auth {
         if let Ok(handle) = (&mut self.handle).await {
-            let _ = handle.disconnect(Disconnect::ServiceNotAvailable, sentence.to_owned(), "en".to_owned()).await;
+            let _ = handle
+                .disconnect(Disconnect::ServiceNotAvailable, sentence.to_owned(), "en".to_owned())
+                .await;
             // A second use would wait for a sender that is gone; the connection ends with this one.
         }
         Self::retry()
@@ -165,7 +164,9 @@ impl Connection {
     async fn login_error(&mut self, error: &LoginError) -> Auth {
         match error {
             LoginError::Denied => Self::retry(),
-            LoginError::Overloaded => self.undecided("too many logins at this moment; try again in a few seconds").await,
+            LoginError::Overloaded => {
+                self.undecided("too many logins at this moment; try again in a few seconds").await
+            }
             LoginError::Unavailable => {
                 self.undecided("the exam server cannot reach its database; try again in a moment").await
             }
@@ -178,7 +179,8 @@ impl Connection {
 
     /// Answers a request for a shell, a command or a subsystem, and starts it. One for each channel.
     fn start(&mut self, channel: ChannelId, what: What, session: &mut Session) -> Result<(), russh::Error> {
-        let connection = format!("{} {} {} {}", self.peer.ip(), self.peer.port(), self.local.ip(), self.local.port());
+        let connection =
+            format!("{} {} {} {}", self.peer.ip(), self.peer.port(), self.local.ip(), self.local.port());
         let client = format!("{} {} {}", self.peer.ip(), self.peer.port(), self.local.port());
         let Some(door) = self.door(channel) else { return Ok(()) };
         let Some(start) = door.start.take() else { return session.channel_failure(channel) };
@@ -210,8 +212,16 @@ impl Connection {
             gone: gone.clone(),
             shutdown: self.shutdown.clone(),
         };
-        let door =
-            Door { inbox, pty: None, env: Vec::new(), env_requests: 0, start: Some(start), size, signals, gone };
+        let door = Door {
+            inbox,
+            pty: None,
+            env: Vec::new(),
+            env_requests: 0,
+            start: Some(start),
+            size,
+            signals,
+            gone,
+        };
         self.doors.insert(channel, door);
         Some((inputs, started, entry))
     }
@@ -236,14 +246,19 @@ impl Handler for Connection {
                 self.failed();
                 self.failures += 1;
                 tracing::info!(failures = self.failures, "password refused");
-                let methods = if self.failures < PASSWORD_ATTEMPTS { methods() } else { russh::MethodSet::empty() };
+                let methods =
+                    if self.failures < PASSWORD_ATTEMPTS { methods() } else { russh::MethodSet::empty() };
                 Ok(Auth::Reject { proceed_with_methods: Some(methods), partial_success: false })
             }
             Err(error) => Ok(self.login_error(&error).await),
         }
     }
 
-    async fn auth_publickey_offered(&mut self, user: &str, offer: PublicKeyOffer<'_>) -> Result<Auth, ConnectionError> {
+    async fn auth_publickey_offered(
+        &mut self,
+        user: &str,
+        offer: PublicKeyOffer<'_>,
+    ) -> Result<Auth, ConnectionError> {
         self.offered = None;
         let Ok(line) = offer.public_key.to_openssh() else { return Ok(Self::retry()) };
         match self.ssh.auth.ssh_public_key(user, &line).await {
@@ -255,7 +270,11 @@ impl Handler for Connection {
         }
     }
 
-    async fn auth_publickey(&mut self, user: &str, key: VerifiedPublicKey<'_>) -> Result<Auth, ConnectionError> {
+    async fn auth_publickey(
+        &mut self,
+        user: &str,
+        key: VerifiedPublicKey<'_>,
+    ) -> Result<Auth, ConnectionError> {
         match self.offered.take() {
             Some((offered_by, offered, access))
                 if offered_by == user && offered.key_data() == key.public_key.key_data() =>
@@ -307,7 +326,9 @@ impl Handler for Connection {
     ) -> Result<(), ConnectionError> {
         let port = u16::try_from(port).ok().filter(|_| matches!(host, "localhost" | "127.0.0.1" | "::1"));
         let allowed = |entry: &Entry| {
-            entry.as_ref().is_ok_and(|visit| visit.exam.environment.allow_port_forward && !visit.access.only_watches())
+            entry
+                .as_ref()
+                .is_ok_and(|visit| visit.exam.environment.allow_port_forward && !visit.access.only_watches())
         };
         let (Some(port), true) = (port, self.entry.as_ref().is_some_and(allowed)) else {
             reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
@@ -322,19 +343,32 @@ impl Handler for Connection {
         Ok(())
     }
 
-    async fn channel_close(&mut self, channel: ChannelId, _session: &mut Session) -> Result<(), ConnectionError> {
+    async fn channel_close(
+        &mut self,
+        channel: ChannelId,
+        _session: &mut Session,
+    ) -> Result<(), ConnectionError> {
         self.doors.remove(&channel);
         Ok(())
     }
 
-    async fn channel_eof(&mut self, channel: ChannelId, _session: &mut Session) -> Result<(), ConnectionError> {
+    async fn channel_eof(
+        &mut self,
+        channel: ChannelId,
+        _session: &mut Session,
+    ) -> Result<(), ConnectionError> {
         if let Some(door) = self.door(channel) {
             door.inbox.finish();
         }
         Ok(())
     }
 
-    async fn data(&mut self, channel: ChannelId, data: &[u8], _session: &mut Session) -> Result<(), ConnectionError> {
+    async fn data(
+        &mut self,
+        channel: ChannelId,
+        data: &[u8],
+        _session: &mut Session,
+    ) -> Result<(), ConnectionError> {
         if let Some(door) = self.door(channel) {
             door.inbox.push(data);
         }
@@ -361,7 +395,11 @@ impl Handler for Connection {
         session: &mut Session,
     ) -> Result<(), ConnectionError> {
         let Some(door) = self.door(channel) else { return Ok(()) };
-        if door.start.is_none() || door.pty.is_some() || term.len() > 64 || !term.bytes().all(|b| b.is_ascii_graphic()) {
+        if door.start.is_none()
+            || door.pty.is_some()
+            || term.len() > 64
+            || !term.bytes().all(|b| b.is_ascii_graphic())
+        {
             return Ok(session.channel_failure(channel)?);
         }
         let (cols, rows) = size(cols, rows);
@@ -382,7 +420,11 @@ impl Handler for Connection {
         Ok(session.channel_failure(channel)?)
     }
 
-    async fn agent_request(&mut self, _channel: ChannelId, _session: &mut Session) -> Result<bool, ConnectionError> {
+    async fn agent_request(
+        &mut self,
+        _channel: ChannelId,
+        _session: &mut Session,
+    ) -> Result<bool, ConnectionError> {
         Ok(false)
     }
 
@@ -403,15 +445,29 @@ impl Handler for Connection {
         Ok(session.channel_success(channel)?)
     }
 
-    async fn shell_request(&mut self, channel: ChannelId, session: &mut Session) -> Result<(), ConnectionError> {
+    async fn shell_request(
+        &mut self,
+        channel: ChannelId,
+        session: &mut Session,
+    ) -> Result<(), ConnectionError> {
         Ok(self.start(channel, What::Shell, session)?)
     }
 
-    async fn exec_request(&mut self, channel: ChannelId, command: &[u8], session: &mut Session) -> Result<(), ConnectionError> {
+    async fn exec_request(
+        &mut self,
+        channel: ChannelId,
+        command: &[u8],
+        session: &mut Session,
+    ) -> Result<(), ConnectionError> {
         Ok(self.start(channel, What::Command(command.to_vec()), session)?)
     }
 
-    async fn subsystem_request(&mut self, channel: ChannelId, name: &str, session: &mut Session) -> Result<(), ConnectionError> {
+    async fn subsystem_request(
+        &mut self,
+        channel: ChannelId,
+        name: &str,
+        session: &mut Session,
+    ) -> Result<(), ConnectionError> {
         if name == "sftp" {
             Ok(self.start(channel, What::Sftp, session)?)
         } else {
@@ -440,7 +496,12 @@ impl Handler for Connection {
         Ok(session.channel_success(channel)?)
     }
 
-    async fn signal(&mut self, channel: ChannelId, signal: Sig, _session: &mut Session) -> Result<(), ConnectionError> {
+    async fn signal(
+        &mut self,
+        channel: ChannelId,
+        signal: Sig,
+        _session: &mut Session,
+    ) -> Result<(), ConnectionError> {
         if let (Some(name), Some(door)) = (signal_name(&signal), self.door(channel)) {
             let _ = door.signals.try_send(name);
         }
@@ -459,7 +520,8 @@ fn size(cols: u32, rows: u32) -> (u16, u16) {
 
 fn accepted_variable(name: &str) -> bool {
     let suffix = name.strip_prefix("LC_");
-    matches!(name, "LANG" | "TERM") || suffix.is_some_and(|s| !s.is_empty() && s.bytes().all(|b| b.is_ascii_uppercase() || b == b'_'))
+    matches!(name, "LANG" | "TERM")
+        || suffix.is_some_and(|s| !s.is_empty() && s.bytes().all(|b| b.is_ascii_uppercase() || b == b'_'))
 }
 
 fn signal_name(signal: &Sig) -> Option<&'static str> {

@@ -15,7 +15,9 @@ pub enum HostKeyError {
     #[error("the SSH host key file {0} cannot be used: {1}")]
     File(PathBuf, std::io::Error),
     /// The file holds something else.
-    #[error("{0} holds no unencrypted OpenSSH private key ({1}); make one with: ssh-keygen -t ed25519 -N '' -f {0}")]
+    #[error(
+        "{0} holds no unencrypted OpenSSH private key ({1}); make one with: ssh-keygen -t ed25519 -N '' -f {0}"
+    )]
     Malformed(PathBuf, russh::keys::ssh_key::Error),
     /// No key could be made.
     #[error("no SSH host key could be made: {0}")]
@@ -26,9 +28,12 @@ pub enum HostKeyError {
 pub fn load_or_create(path: &Path) -> Result<PrivateKey, HostKeyError> {
     let file_error = |error| HostKeyError::File(path.to_owned(), error);
     match std::fs::read(path) {
-        Ok(pem) => PrivateKey::from_openssh(&pem).map_err(|error| HostKeyError::Malformed(path.to_owned(), error)),
+        Ok(pem) => {
+            PrivateKey::from_openssh(&pem).map_err(|error| HostKeyError::Malformed(path.to_owned(), error))
+        }
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            let key = PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519).map_err(HostKeyError::Generate)?;
+            let key =
+                PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519).map_err(HostKeyError::Generate)?;
             let pem = key.to_openssh(LineEnding::LF).map_err(HostKeyError::Generate)?;
             let mut file =
                 OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(file_error)?;
