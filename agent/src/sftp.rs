@@ -12,7 +12,8 @@ use std::{
 
 use russh_sftp::{
     protocol::{
-        Attrs, Data, File as Entry, FileAttributes, Handle, Name, OpenFlags, Packet, Status, StatusCode, Version,
+        Attrs, Data, File as Entry, FileAttributes, Handle, Name, OpenFlags, Packet, Status, StatusCode,
+        Version,
     },
     server::{self, StatusReply},
 };
@@ -62,7 +63,9 @@ impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         let code = match error.kind() {
             io::ErrorKind::NotFound => StatusCode::NoSuchFile,
-            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => StatusCode::PermissionDenied,
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                StatusCode::PermissionDenied
+            }
             io::ErrorKind::UnexpectedEof => StatusCode::Eof,
             _ => StatusCode::Failure,
         };
@@ -97,14 +100,17 @@ fn attributes(metadata: &Metadata) -> FileAttributes {
 
 fn entry(path: &Path) -> Entry {
     let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-    let attrs = fs::symlink_metadata(path).map_or_else(|_| FileAttributes::empty(), |metadata| attributes(&metadata));
+    let attrs =
+        fs::symlink_metadata(path).map_or_else(|_| FileAttributes::empty(), |metadata| attributes(&metadata));
     Entry::new(name, attrs)
 }
 
 fn timestamps(attrs: &FileAttributes) -> Option<Timestamps> {
     let at = |seconds: u32| Timespec { tv_sec: i64::from(seconds), tv_nsec: 0 };
     match (attrs.atime, attrs.mtime) {
-        (Some(accessed), Some(modified)) => Some(Timestamps { last_access: at(accessed), last_modification: at(modified) }),
+        (Some(accessed), Some(modified)) => {
+            Some(Timestamps { last_access: at(accessed), last_modification: at(modified) })
+        }
         _ => None,
     }
 }
@@ -129,7 +135,8 @@ fn set(path: &Path, attrs: &FileAttributes) -> Result<(), Failure> {
 fn real(path: &Path) -> io::Result<PathBuf> {
     match path.canonicalize() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let parent =
+                path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
             Ok(parent.canonicalize()?.join(path.file_name().ok_or(error)?))
         }
         result => result,
@@ -171,7 +178,11 @@ impl server::Handler for Session {
         StatusCode::OpUnsupported.into()
     }
 
-    async fn init(&mut self, _version: u32, _extensions: HashMap<String, String>) -> Result<Version, Failure> {
+    async fn init(
+        &mut self,
+        _version: u32,
+        _extensions: HashMap<String, String>,
+    ) -> Result<Version, Failure> {
         let mut version = Version::new();
         for (name, revision) in [
             ("posix-rename@openssh.com", "1"),
@@ -184,7 +195,13 @@ impl server::Handler for Session {
         Ok(version)
     }
 
-    async fn open(&mut self, id: u32, filename: String, flags: OpenFlags, attrs: FileAttributes) -> Result<Handle, Failure> {
+    async fn open(
+        &mut self,
+        id: u32,
+        filename: String,
+        flags: OpenFlags,
+        attrs: FileAttributes,
+    ) -> Result<Handle, Failure> {
         let append = flags.contains(OpenFlags::APPEND);
         let write = flags.contains(OpenFlags::WRITE) || append;
         let file = OpenOptions::new()
@@ -215,7 +232,13 @@ impl server::Handler for Session {
         Ok(Data { id, data })
     }
 
-    async fn write(&mut self, id: u32, handle: String, offset: u64, data: Vec<u8>) -> Result<Status, Failure> {
+    async fn write(
+        &mut self,
+        id: u32,
+        handle: String,
+        offset: u64,
+        data: Vec<u8>,
+    ) -> Result<Status, Failure> {
         let (mut file, append) = self.file(&handle)?;
         if append {
             io::Write::write_all(&mut file, &data)?;
@@ -329,7 +352,9 @@ impl server::Handler for Session {
                 let home = std::env::var("HOME").unwrap_or_else(|_| "/".to_owned());
                 let path = match first.strip_prefix('~') {
                     Some("") => PathBuf::from(home),
-                    Some(rest) if rest.starts_with('/') => Path::new(&home).join(rest.trim_start_matches('/')),
+                    Some(rest) if rest.starts_with('/') => {
+                        Path::new(&home).join(rest.trim_start_matches('/'))
+                    }
                     _ => local(first).to_owned(),
                 };
                 return Ok(Name { id, files: vec![Entry::dummy(real(&path)?.to_string_lossy())] }.into());

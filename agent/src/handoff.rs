@@ -1,0 +1,150 @@
+//! `connect` hands its stdin and stdout to the agent over a unix socket (SCM_RIGHTS) and waits: nothing is copied in between.
+use std::{
+    io::{self, IoSlice, IoSliceMut, Read as _},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream as StdStream,
+    },
+    path::Path,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use rustix::{
+    fs::OFlags,
+    net::{
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+        SendFlags, recvmsg, sendmsg,
+    },
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Interest, ReadBuf, unix::AsyncFd},
+    net::UnixStream,
+    time::timeout,
+};
+
+/// A peer that hands nothing over after this long is let go.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// What the agent says when it is done with the descriptors.
+const DONE: u8 = b'.';
+
+/// Hands this process's stdin and stdout over and waits until the agent is done with them.
+///
+/// # Errors
+/// When there is no agent, it does not take them, or it is gone before it was done.
+pub fn connect(socket: &Path) -> io::Result<()> {
+    let mut stream = StdStream::connect(socket)?;
+    let descriptors = [rustix::stdio::stdin(), rustix::stdio::stdout()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+    sendmsg(&stream, &[IoSlice::new(&[DONE])], &mut ancillary, SendFlags::NOSIGNAL)?;
+    let mut answer = [0];
+    stream.read_exact(&mut answer).map_err(|_| io::Error::other("the agent did not finish the connection"))
+}
+
+/// Takes what a peer hands over and lets `use_it` use it, until that is done or the peer is gone.
+pub async fn serve<F>(mut peer: UnixStream, use_it: impl FnOnce(Handed) -> F)
+where
+    F: Future<Output = ()>,
+{
+    let Ok(Ok(handed)) = timeout(PATIENCE, take(&peer)).await else { return };
+    let used = use_it(handed);
+    let mut byte = [0];
+    tokio::select! {
+        () = used => {
+            // The peer may be gone.
+            let _ = peer.write_all(&[DONE]).await;
+        }
+        // It says nothing more: this is its end.
+        _ = peer.read(&mut byte) => {}
+    }
+}
+
+async fn take(peer: &UnixStream) -> io::Result<Handed> {
+    peer.async_io(Interest::READABLE, || {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut byte = [0];
+        recvmsg(peer, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+        let mut descriptors = ancillary.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
+            _ => None,
+        });
+        let mut descriptors = descriptors.next().into_iter().flatten();
+        match (descriptors.next(), descriptors.next()) {
+            (Some(input), Some(output)) => Ok((input, output)),
+            _ => Err(io::Error::other("two descriptors are expected")),
+        }
+    })
+    .await
+    .and_then(|(input, output)| Ok(Handed { input: Half::new(input)?, output: Half::new(output)? }))
+}
+
+/// A byte stream of two descriptors: pipes, sockets or a terminal.
+#[derive(Debug)]
+pub struct Handed {
+    input: Half,
+    output: Half,
+}
+
+/// One descriptor, not blocking while it is here.
+#[derive(Debug)]
+struct Half {
+    descriptor: AsyncFd<OwnedFd>,
+    flags: OFlags,
+}
+
+impl Half {
+    fn new(descriptor: OwnedFd) -> io::Result<Self> {
+        let flags = rustix::fs::fcntl_getfl(&descriptor)?;
+        rustix::fs::fcntl_setfl(&descriptor, flags | OFlags::NONBLOCK)?;
+        // A file cannot be waited for, and is refused here.
+        Ok(Self { descriptor: AsyncFd::register(descriptor)?, flags })
+    }
+}
+
+impl Drop for Half {
+    fn drop(&mut self) {
+        // Others may hold the same open file, a terminal for example.
+        let _ = rustix::fs::fcntl_setfl(self.descriptor.as_fd(), self.flags);
+    }
+}
+
+impl AsyncRead for Handed {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            let mut ready = ready!(self.input.descriptor.poll_read_ready(context))?;
+            let unfilled = buffer.initialize_unfilled();
+            if let Ok(result) = ready.try_io(|descriptor| Ok(rustix::io::read(descriptor, &mut *unfilled)?)) {
+                return Poll::Ready(result.map(|length| buffer.advance(length)));
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Handed {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        loop {
+            let mut ready = ready!(self.output.descriptor.poll_write_ready(context))?;
+            if let Ok(result) = ready.try_io(|descriptor| Ok(rustix::io::write(descriptor, bytes)?)) {
+                return Poll::Ready(result);
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // Closing is dropping.
+        Poll::Ready(Ok(()))
+    }
+}
