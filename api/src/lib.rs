@@ -3,8 +3,12 @@
 //! This crate does not know SSH, terminals or browsers.
 #![forbid(unsafe_code)]
 
+pub mod access;
+pub mod credential;
 pub mod environment;
 pub mod exam;
 pub mod identity;
+pub mod lifecycle;
 pub mod reason;
 pub mod session;
+pub mod store;
