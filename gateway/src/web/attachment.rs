@@ -224,7 +224,7 @@ pub async fn run(
     let line = Line { dialect, frames };
     let (sizes, size) = watch::channel(None);
     // Room for a client's whole window and one frame more: acknowledgements behind it are always reached.
-    let (keys, typed) = tokio::io::simplex(INPUT_WINDOW + FRAME_BYTES);
+    let (typed, keys) = tokio::io::simplex(INPUT_WINDOW + FRAME_BYTES);
     let mut writer = pin!(write(sink, waiting, &flow));
     let (end, sink) = match visit.over().now_or_never() {
         Some(over) => (End::AlreadyOver(over), None),

@@ -141,7 +141,7 @@ async fn enter(
     let login = async {
         let credential = match credential {
             Some(credential) => credential,
-            None => Credential::Ticket(first_frame(socket, dialect).await?),
+            None => Credential::Ticket(first_frame(socket, dialect).await?.into()),
         };
         login::enter(&state.0.auth, session_id, credential, peer.ip()).await
     };
