@@ -2,6 +2,7 @@
 //!
 //! Nothing above this module knows whether an environment is a pod or a sandbox, and nothing above
 //! [`Environment::connect`] knows what carries the byte stream.
+pub mod kubernetes;
 pub mod link;
 pub mod local;
 

@@ -1,0 +1,183 @@
+//! What a pod's state means for a session. Pure: time comes in only as the patience that a doubt deserves.
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod};
+
+use super::{
+    cluster::plain,
+    pod::{AGENT, ENVIRONMENT, SESSION, WARM},
+};
+use crate::{
+    environment::{Observed, Phase},
+    identity::EnvironmentId,
+    reason::{Reason, ReasonCode},
+};
+
+/// A container that cannot be made is tried again by kubelet: what was a race is over by then.
+const CREATE_PATIENCE: Duration = Duration::from_secs(4);
+/// A pull that has just failed; once kubelet says that it backs off, its next attempt is 10 s and more away.
+const PULL_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Indices into [`crate::session::STEPS`].
+const PLACE: usize = 0;
+const IMAGE: usize = 1;
+const START: usize = 2;
+
+/// What a pod's state says.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Reading {
+    /// As it is now.
+    pub(super) phase: Phase,
+    /// What it becomes if it stays so.
+    pub(super) doubt: Option<Doubt>,
+}
+
+/// A state that may pass, and is a failure when it has stood for a while.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Doubt {
+    pub(super) reason: Reason,
+    pub(super) patience: Duration,
+}
+
+/// Whose pod this is; `None` for one that Carrel has not made.
+pub(super) fn environment_id(pod: &Pod) -> Option<EnvironmentId> {
+    pod.metadata.labels.as_ref()?.get(ENVIRONMENT)?.parse().ok()
+}
+
+/// A pod as the seam shows it, in a phase that the caller has found.
+pub(super) fn observed(pod: &Pod, phase: Phase) -> Observed {
+    let metadata = &pod.metadata;
+    Observed {
+        phase,
+        name: metadata.name.clone().unwrap_or_default(),
+        namespace: metadata.namespace.clone().unwrap_or_default(),
+        created_at: metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_millisecond()),
+        warm: metadata.labels.as_ref().and_then(|labels| labels.get(WARM)).is_some_and(|warm| warm == "true"),
+    }
+}
+
+/// Reads a pod. `unschedulable` is how long one may find no node; `fetched` whether the session's image is known to be there.
+pub(super) fn read(pod: &Pod, unschedulable: Duration, fetched: bool) -> Reading {
+    let certain = |phase| Reading { phase, doubt: None };
+    if pod.metadata.deletion_timestamp.is_some() {
+        return certain(Phase::Ending);
+    }
+    let status = pod.status.clone().unwrap_or_default();
+    let containers = status.container_statuses.as_deref().unwrap_or_default();
+    let session = containers.iter().find(|container| container.name == SESSION);
+    let ended = session.and_then(|session| session.state.as_ref()?.terminated.as_ref());
+    if ended.is_some() || matches!(status.phase.as_deref(), Some("Failed" | "Succeeded")) {
+        return certain(Phase::Failed(failure(pod, ended)));
+    }
+    if session.is_some_and(|session| session.state.as_ref().is_some_and(|state| state.running.is_some())) {
+        return certain(Phase::Up);
+    }
+    let scheduled =
+        pod.spec.as_ref().is_some_and(|spec| spec.node_name.as_ref().is_some_and(|node| !node.is_empty()));
+    if !scheduled {
+        let doubt = condition(pod, "PodScheduled").filter(|(status, ..)| *status == "False").map(
+            |(_, reason, message)| {
+                let details = format!("no node takes the pod: {reason}: {message}");
+                Doubt { reason: Reason::new(ReasonCode::Unschedulable, details), patience: unschedulable }
+            },
+        );
+        return Reading { phase: Phase::Starting { step: PLACE, reachable: false }, doubt };
+    }
+    let step = if fetched { START } else { IMAGE };
+    Reading { phase: Phase::Starting { step, reachable: true }, doubt: containers.iter().find_map(waiting) }
+}
+
+/// Why a container waits, if that is a fault.
+fn waiting(container: &ContainerStatus) -> Option<Doubt> {
+    let waiting = container.state.as_ref()?.waiting.as_ref()?;
+    let reason = waiting.reason.as_deref().unwrap_or_default();
+    let (code, patience) = match reason {
+        "InvalidImageName" | "ErrImageNeverPull" | "ImagePullBackOff" | "SignatureValidationFailed" => {
+            (ReasonCode::ImagePullFailed, Duration::ZERO)
+        }
+        "ErrImagePull" | "ImageInspectError" | "RegistryUnavailable" => {
+            (ReasonCode::ImagePullFailed, PULL_PATIENCE)
+        }
+        "CrashLoopBackOff" => (ReasonCode::EnvironmentCrashed, Duration::ZERO),
+        "CreateContainerConfigError"
+        | "CreateContainerError"
+        | "RunContainerError"
+        | "PreCreateHookError"
+        | "PreStartHookError"
+        | "PostStartHookError" => (ReasonCode::EnvironmentCrashed, CREATE_PATIENCE),
+        _ => return None,
+    };
+    let which = if container.name == AGENT { "the agent's container" } else { "the session's container" };
+    let message = waiting.message.as_deref().unwrap_or("no more is said");
+    let details = format!("{which}, image {}: {reason}: {}", plain(&container.image), plain(message));
+    Some(Doubt { reason: Reason::new(code, details), patience })
+}
+
+/// Why a pod that has ended did so.
+fn failure(pod: &Pod, session: Option<&ContainerStateTerminated>) -> Reason {
+    let status = pod.status.clone().unwrap_or_default();
+    let message = plain(status.message.as_deref().unwrap_or_default());
+    let disruption = condition(pod, "DisruptionTarget").filter(|(status, ..)| *status == "True");
+    match status.reason.as_deref() {
+        Some("DeadlineExceeded") => {
+            return Reason::new(ReasonCode::TimeExpired, "the pod has reached the end of its lifetime");
+        }
+        Some(word)
+            if word.starts_with("OutOf") || matches!(word, "NodeAffinity" | "UnexpectedAdmissionError") =>
+        {
+            return Reason::new(
+                ReasonCode::Unschedulable,
+                format!("the node does not take the pod: {word}: {message}"),
+            );
+        }
+        Some(word) => {
+            return Reason::new(ReasonCode::EnvironmentLost, format!("the pod has ended: {word}: {message}"));
+        }
+        None => {}
+    }
+    if let Some((_, reason, message)) = disruption {
+        return Reason::new(
+            ReasonCode::EnvironmentLost,
+            format!("the pod was taken away: {reason}: {message}"),
+        );
+    }
+    let Some(session) = session else {
+        return Reason::new(
+            ReasonCode::EnvironmentLost,
+            format!("the pod has ended before its session began: {message}"),
+        );
+    };
+    let said = plain(session.message.as_deref().unwrap_or_default());
+    match session.reason.as_deref() {
+        Some("OOMKilled") => {
+            let details = "the kernel ended the environment's first process for want of memory";
+            Reason::new(ReasonCode::OutOfMemory, details)
+        }
+        Some("ContainerStatusUnknown") => {
+            Reason::new(ReasonCode::EnvironmentLost, format!("the node has lost the container: {said}"))
+        }
+        word => {
+            let how = match session.signal {
+                Some(signal) if signal != 0 => format!("signal {signal}"),
+                _ => format!("exit code {}", session.exit_code),
+            };
+            let details = format!(
+                "the environment's first process has ended: {}, {how}: {said}",
+                word.unwrap_or("no reason given")
+            );
+            Reason::new(ReasonCode::EnvironmentCrashed, details.trim_end_matches([':', ' ']))
+        }
+    }
+}
+
+/// Status, reason and message of a condition.
+fn condition<'a>(pod: &'a Pod, kind: &str) -> Option<(&'a str, &'a str, String)> {
+    let conditions = pod.status.as_ref()?.conditions.as_deref()?;
+    let condition = conditions.iter().find(|condition| condition.type_ == kind)?;
+    let message = plain(condition.message.as_deref().unwrap_or_default());
+    Some((&condition.status, condition.reason.as_deref().unwrap_or("no reason given"), message))
+}
+
+#[cfg(test)]
+#[path = "phase/tests.rs"]
+mod tests;

@@ -1,0 +1,148 @@
+use super::*;
+use crate::identity::{SessionId, UserId};
+
+fn options() -> KubernetesOptions {
+    KubernetesOptions {
+        agent_image: Some("registry/agent:1".into()),
+        default_image: Some("registry/session:1".into()),
+        ..KubernetesOptions::default()
+    }
+}
+
+fn request(spec: EnvironmentSpec) -> Create {
+    Create {
+        environment_id: EnvironmentId::new(),
+        owner: Some((UserId::new(), SessionId::new())),
+        exam_id: "shell-basics".into(),
+        spec,
+        lifetime_seconds: 7200,
+    }
+}
+
+fn session(pod: &Value) -> &Value {
+    pod["spec"]["containers"].as_array().unwrap().last().unwrap()
+}
+
+/// Every field that is asked for is one that the API knows under that name.
+#[test]
+fn nothing_of_the_manifest_is_lost_on_the_way_to_the_api() {
+    let options = KubernetesOptions {
+        image_pull_secret: vec!["registry".into()],
+        node_selector: vec![("pool".into(), "exams".into())],
+        runtime_class: Some("gvisor".into()),
+        ..options()
+    };
+    let spec = EnvironmentSpec {
+        env: [("A".to_owned(), "b".to_owned())].into(),
+        shell: Some("/bin/zsh".into()),
+        user: Some("1001".into()),
+        ..EnvironmentSpec::default()
+    };
+    let request = request(spec);
+    let written = manifest(&request, &options).unwrap();
+    assert_eq!(serde_json::to_value(pod(&request, &options).unwrap()).unwrap(), written);
+}
+
+#[test]
+fn a_candidate_gets_no_token_no_privilege_and_no_root() {
+    let pod = manifest(&request(EnvironmentSpec::default()), &options()).unwrap();
+    let spec = &pod["spec"];
+    assert_eq!(spec["automountServiceAccountToken"], false);
+    assert_eq!(spec["enableServiceLinks"], false);
+    assert_eq!(spec["restartPolicy"], "Never");
+    assert_eq!(spec["activeDeadlineSeconds"], 7200);
+    assert_eq!(spec["securityContext"]["runAsNonRoot"], true);
+    assert_eq!(spec["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
+    for host in ["hostNetwork", "hostPID", "hostIPC", "serviceAccountName"] {
+        assert!(spec.get(host).is_none(), "{host}");
+    }
+    for container in spec["containers"].as_array().unwrap() {
+        assert_eq!(container["securityContext"]["allowPrivilegeEscalation"], false);
+        assert_eq!(container["securityContext"]["capabilities"], json!({ "drop": ["ALL"] }));
+        for kind in ["requests", "limits"] {
+            for resource in ["cpu", "memory", "ephemeral-storage"] {
+                assert!(container["resources"][kind][resource].is_string(), "{kind} {resource}");
+            }
+        }
+    }
+    let mount = &session(&pod)["volumeMounts"][1];
+    assert_eq!((mount["mountPath"].as_str(), mount["readOnly"].as_bool()), (Some("/carrel"), Some(true)));
+    assert!(
+        pod["spec"]["volumes"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|volume| volume["emptyDir"]["sizeLimit"].is_string())
+    );
+}
+
+#[test]
+fn root_inside_has_no_privilege_on_the_node() {
+    let spec = EnvironmentSpec { user: Some("root".into()), ..EnvironmentSpec::default() };
+    let pod = manifest(&request(spec), &options()).unwrap();
+    assert_eq!(pod["spec"]["securityContext"]["runAsUser"], 0);
+    let added = session(&pod)["securityContext"]["capabilities"]["add"].as_array().unwrap().clone();
+    for capability in ["SYS_ADMIN", "NET_ADMIN", "SYS_PTRACE", "NET_RAW", "MKNOD"] {
+        assert!(!added.contains(&json!(capability)), "{capability}");
+    }
+    assert_eq!(session(&pod)["securityContext"]["allowPrivilegeEscalation"], false);
+}
+
+#[test]
+fn an_image_that_carries_the_agent_gets_no_second_container() {
+    let options = KubernetesOptions { agent_image: None, agent_path: Some("/opt/agent".into()), ..options() };
+    let pod = manifest(&request(EnvironmentSpec::default()), &options).unwrap();
+    assert_eq!(pod["spec"]["containers"].as_array().unwrap().len(), 1);
+    assert_eq!(session(&pod)["command"][0], "/opt/agent");
+    assert_eq!(session(&pod)["volumeMounts"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn what_is_missing_is_said_before_anything_is_made() {
+    let none = KubernetesOptions { default_image: None, ..options() };
+    assert!(pod(&request(EnvironmentSpec::default()), &none).unwrap_err().contains("environment.image"));
+    let none = KubernetesOptions { agent_image: None, ..options() };
+    assert!(
+        pod(&request(EnvironmentSpec::default()), &none).unwrap_err().contains("--kubernetes-agent-image")
+    );
+}
+
+#[test]
+fn labels_say_whose_it_is_and_are_valid_for_any_exam() {
+    let mut request = request(EnvironmentSpec::default());
+    request.exam_id = format!("{}.-", "e".repeat(62));
+    let labels = labels(&request);
+    let exam = labels["carrel.dev/exam"].as_str().unwrap();
+    assert_eq!(exam, "e".repeat(62));
+    assert_eq!(labels[WARM], "false");
+    assert_eq!(labels["carrel.dev/user"], request.owner.unwrap().0.to_string());
+    request.owner = None;
+    let labels = super::labels(&request);
+    assert_eq!(labels[WARM], "true");
+    assert!(labels.get("carrel.dev/user").is_none());
+}
+
+#[test]
+fn variables_are_not_expanded_by_kubernetes() {
+    let spec = EnvironmentSpec {
+        env: [("A".to_owned(), "$(PATH)".to_owned())].into(),
+        ..EnvironmentSpec::default()
+    };
+    let pod = manifest(&request(spec), &options()).unwrap();
+    assert!(session(&pod)["command"].as_array().unwrap().contains(&json!("A=$$(PATH)")));
+}
+
+#[test]
+fn what_is_reserved_is_a_part_of_the_limit() {
+    let spec = EnvironmentSpec {
+        cpu: Some(500),
+        memory: Some(1000),
+        storage: Some(77),
+        ..EnvironmentSpec::default()
+    };
+    let options = KubernetesOptions { memory_request_percent: 50, ..options() };
+    let pod = manifest(&request(spec), &options).unwrap();
+    let resources = &session(&pod)["resources"];
+    assert_eq!(resources["requests"], json!({ "cpu": "50m", "memory": "500", "ephemeral-storage": "77" }));
+    assert_eq!(resources["limits"], json!({ "cpu": "500m", "memory": "1000", "ephemeral-storage": "77" }));
+}
