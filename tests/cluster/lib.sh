@@ -8,6 +8,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CARREL_CLUSTER_DIR=${CARREL_CLUSTER_DIR:-/var/lib/carrel-cluster}
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/carrel
 cluster=$CARREL_CLUSTER_DIR
+[[ $cluster == /?* ]] || { echo "CARREL_CLUSTER_DIR must be an absolute path" >&2; exit 1; }
 lock=/run/carrel-cluster.lock
 
 # Ports on 127.0.0.1, below the range from which the kernel hands out ports to others.
@@ -84,15 +85,25 @@ start_component() {
 	echo "$pid $(start_time "$pid")" >"$cluster/run/$name.pid"
 }
 
+# Whether it ends within 15 s. A zombie has ended: the first process of some machines takes seconds to collect it.
+has_ended() {
+	local end=$((SECONDS + 15))
+	while pid_of "$1" >/dev/null; do
+		((SECONDS < end)) || return 1
+		sleep 0.02
+	done
+}
+
 # Ends a component: the signal, and SIGKILL if that has not ended it after 15 s.
 stop_component() {
 	local name=$1 signal=${2:-TERM} pid
 	pid=$(pid_of "$name") || { rm -f "$cluster/run/$name.pid"; return 0; }
 	kill -s "$signal" "$pid" 2>/dev/null || true
-	if ! timeout 15 tail -s 0.02 --pid="$pid" -f /dev/null; then
+	kill -s CONT "$pid" 2>/dev/null || true
+	if ! has_ended "$name"; then
 		say "$name did not end on SIG$signal: killed"
 		kill -s KILL "$pid" 2>/dev/null || true
-		timeout 15 tail -s 0.02 --pid="$pid" -f /dev/null || die "$name (process $pid) cannot be killed"
+		has_ended "$name" || die "$name (process $pid) cannot be killed"
 	fi
 	rm -f "$cluster/run/$name.pid"
 }
