@@ -16,7 +16,7 @@ import asyncssh
 import paramiko
 import pytest
 
-from harness import Session, need, told
+from harness import Session, Terminal, need, told
 
 HERE = Path(__file__).resolve().parent
 DATA = os.urandom(2_000_000)
@@ -228,8 +228,8 @@ def test_dropbears_dbclient(session: Session, tmp_path: Path, auth: str) -> None
         env["DROPBEAR_PASSWORD"] = session.ssh.password
     else:
         # dropbearconvert reads unencrypted OpenSSH keys and writes Dropbear's own form.
-        convert = [need("dropbearconvert") if shutil.which("dropbearconvert") else "/usr/lib/dropbear/dropbearconvert"]
-        subprocess.run([*convert, "openssh", "dropbear", str(session.ssh.key), str(tmp_path / "id")], check=True, capture_output=True, timeout=20)
+        convert = shutil.which("dropbearconvert") or "/usr/lib/dropbear/dropbearconvert"
+        subprocess.run([convert, "openssh", "dropbear", str(session.ssh.key), str(tmp_path / "id")], check=True, capture_output=True, timeout=20)
         words = ["-i", str(tmp_path / "id")]
 
     def dbclient(*command: str, input: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -241,8 +241,10 @@ def test_dropbears_dbclient(session: Session, tmp_path: Path, auth: str) -> None
     assert done.returncode == 42 and done.stdout == b"out\n" and b"err\n" in done.stderr, told(done)
     done = dbclient(host, "cat", input=DATA)
     assert done.returncode == 0 and done.stdout == DATA, told(done)[:300]
-    done = dbclient("-t", host, "tty; stty size")
-    assert done.returncode == 0 and b"/dev/pts/" in done.stdout, told(done)
+    argv = [need("dbclient"), *words, "-t", "-p", str(session.ssh.port), "-l", session.ssh.user, host, "tty; stty size; exit 4"]
+    with Terminal(argv, env | {"TERM": "xterm"}, rows=28, cols=93) as terminal:
+        terminal.expect("/dev/pts/.*28 93")
+        assert terminal.wait() == 4
     done = dbclient("-T", host, input=b"echo from-shell\nexit 3\n")
     assert done.returncode == 3 and b"from-shell" in done.stdout, told(done)
 

@@ -67,10 +67,15 @@ def latency(ssh: Ssh, master: object = None, times: int = 5) -> float:
 
 
 def stop(*processes: subprocess.Popen[bytes]) -> None:
+    """Kills clients. Their pipes are closed and not read: a shared connection holds the other ends."""
     for process in processes:
         process.kill()
     for process in processes:
-        process.communicate()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        process.wait(10)
 
 
 # --- there and back ----------------------------------------------------------------------------------------------
@@ -359,7 +364,7 @@ def test_8_channels_carry_bulk_at_once(session: Session) -> None:
 def test_more_connections_than_a_session_may_have_are_refused_with_a_reason(busy: tuple[Server, Session]) -> None:
     _, session = busy
     ssh = session.ssh
-    clients = []
+    clients: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(32):
             client = ssh.popen("echo up; exec sleep 100", auth="key", bufsize=0)

@@ -260,10 +260,12 @@ def test_ctrl_c_interrupts_the_command_on_a_terminal(session: Session) -> None:
 
 def test_ctrl_c_in_a_shell_leaves_the_shell(session: Session) -> None:
     with session.ssh.terminal() as terminal:
-        terminal.send("sleep 60; echo no''t-reached\r")
-        time.sleep(0.5)
+        terminal.ask("true")
+        terminal.send("echo st''arted; sleep 60\r")
+        terminal.expect("started\r?\n")
         terminal.send("\x03")
-        assert terminal.ask("echo $?") == "130"
+        terminal.send("echo sta''tus $?\r")
+        terminal.expect("status 130\r?\n")
         terminal.send("exit\r")
         terminal.wait()
 
@@ -287,8 +289,9 @@ def test_a_shell_without_a_terminal_reads_commands(session: Session) -> None:
 
 def test_job_control_works(session: Session) -> None:
     with session.ssh.terminal("bash --norc -i") as terminal:
-        terminal.send("sleep 300\r")
-        time.sleep(0.5)
+        terminal.send("echo st''arted; sleep 300\r")
+        terminal.expect("started\r?\n")
+        time.sleep(0.3)
         terminal.send("\x1a")
         terminal.expect("Stopped")
         assert "sleep 300" in terminal.ask("jobs")
@@ -418,7 +421,8 @@ def test_a_full_screen_program_is_redrawn_for_a_client_that_comes_back(fresh: Se
         first.ask("true")
         first.send("vi -u NONE ~/lines.txt\r")
         first.expect("line-5")
-        first.send("300G")
+        # Control-L: the editor draws whole lines, not only what changed.
+        first.send("300G\x0c")
         first.expect("line-300")
         first.process.kill()
         first.process.wait(10)
