@@ -268,6 +268,21 @@ impl Store {
         .await
     }
 
+    /// The session that an environment was made for, ended or not.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`].
+    pub async fn environment_session(&self, id: EnvironmentId) -> Result<Option<Session>, StoreError> {
+        self.bounded(async {
+            let row = sqlx::query(concat!("select ", columns!(), " from session where environment_id = $1"))
+                .bind(id.to_string())
+                .fetch_optional(&self.pool)
+                .await?;
+            row.as_ref().map(session).transpose()
+        })
+        .await
+    }
+
     /// Changes the state of a session that is still as it was read.
     ///
     /// # Errors

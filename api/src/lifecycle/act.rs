@@ -1,0 +1,113 @@
+//! The acts that end something. Each may be repeated, and gives up rather than wait for long.
+use std::time::Duration;
+
+use super::{Lifecycle, pass::Done};
+use crate::{
+    environment::{EnvironmentError, Phase},
+    identity::EnvironmentId,
+    reason::{Reason, ReasonCode},
+    session::{Session, State},
+    store::{Actor, StoreError, Transition},
+};
+
+/// After a destruction, how often and how many times is looked whether it is gone; then there is a pause.
+const GONE: (Duration, usize) = (Duration::from_millis(200), 50);
+
+impl Lifecycle {
+    /// To a final state; somebody else's change in between is judged by the next pass.
+    pub(super) async fn finish(&self, session: &Session, to: State, reason: Reason) -> Done {
+        match self.transition(session, Transition::end(to, reason), &Actor::System).await {
+            Ok(_) | Err(StoreError::Conflict | StoreError::IllegalTransition { .. }) => Done::Yes,
+            Err(error) => {
+                tracing::warn!(%error, "the session's end could not be recorded");
+                Done::Again
+            }
+        }
+    }
+
+    /// Looks directly at an environment that seems lost, and fails the session only if it is.
+    pub(super) async fn confirm(&self, session: Session) -> Done {
+        let Some(id) = session.environment_id else { return Done::Again };
+        let inspected = {
+            let Ok(_turn) = self.ending.acquire().await else { return Done::Again };
+            self.environment.inspect(id).await
+        };
+        let reason = match inspected.map(|observed| observed.map(|observed| observed.phase)) {
+            Ok(None) | Err(EnvironmentError::NotFound) => {
+                Reason::new(ReasonCode::EnvironmentLost, "The environment is no longer there.")
+            }
+            Ok(Some(Phase::Ending)) => {
+                Reason::new(ReasonCode::EnvironmentLost, "The environment is being destroyed.")
+            }
+            Ok(Some(Phase::Failed(reason))) => reason,
+            // There after all: the look was old.
+            Ok(Some(Phase::Starting { .. } | Phase::Up)) => return Done::Again,
+            Err(error) => {
+                tracing::warn!(%error, "an environment that seems lost could not be looked at");
+                return Done::Again;
+            }
+        };
+        self.finish(&session, State::Failed, reason).await
+    }
+
+    /// Ends an ended session's environment, and releases the session once it is gone.
+    pub(super) async fn destroy(&self, session: &Session) -> Done {
+        if let Some(id) = session.environment_id
+            && self.destroy_environment(id).await == Done::Again
+        {
+            return Done::Again;
+        }
+        match self.store.mark_released(session.id).await {
+            Ok(released) => {
+                tracing::info!("session released");
+                self.feed.publish(&released);
+                Done::Yes
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the release could not be recorded");
+                Done::Again
+            }
+        }
+    }
+
+    /// Ends an environment that no session has.
+    pub(super) async fn destroy_orphan(&self, id: EnvironmentId) -> Done {
+        // Asked directly: the list that it was missing from has a limit.
+        match self.store.environment_session(id).await {
+            Ok(Some(session)) if session.released_at.is_none() => return Done::Yes,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, "whose environment it is could not be asked");
+                return Done::Again;
+            }
+        }
+        tracing::warn!("an environment without a session is destroyed");
+        self.destroy_environment(id).await
+    }
+
+    async fn destroy_environment(&self, id: EnvironmentId) -> Done {
+        self.links.close(id);
+        let Ok(_turn) = self.ending.acquire().await else { return Done::Again };
+        if let Err(error) = self.environment.destroy(id).await
+            && !matches!(error, EnvironmentError::NotFound)
+        {
+            tracing::warn!(%error, "the environment could not be destroyed");
+            return Done::Again;
+        }
+        for _ in 0..GONE.1 {
+            match self.environment.inspect(id).await {
+                Ok(None) | Err(EnvironmentError::NotFound) => return Done::Yes,
+                Ok(Some(_)) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "whether the environment is gone could not be seen");
+                    return Done::Again;
+                }
+            }
+            tokio::select! {
+                () = self.end.cancelled() => return Done::Again,
+                () = tokio::time::sleep(GONE.0) => {}
+            }
+        }
+        Done::Again
+    }
+}

@@ -1,0 +1,125 @@
+//! What is to be done about one session: a pure function of the row, of what is seen of its environment, and of the time.
+//!
+//! Everything the lifecycle knows about *when* stands here; how it is done is `act`'s.
+use crate::{
+    environment::{Observation, Phase},
+    reason::{Reason, ReasonCode},
+    session::{Session, State},
+};
+
+/// From the making of a session until it must be ready, ms.
+pub const START_TIMEOUT_MS: i64 = 60_000;
+/// A session that nobody was attached to for this many times its exam's duration is abandoned.
+pub const ABANDONED_AFTER_DURATIONS: i64 = 2;
+
+/// What is known about a session's environment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Seen {
+    /// The backend cannot be seen, or has not been seen completely yet: nothing follows.
+    Unknown,
+    /// It was not in the last complete look.
+    Absent,
+    /// It was there, so far.
+    Present(Phase),
+}
+
+impl Seen {
+    /// What the last look says about this session.
+    #[must_use]
+    pub fn of(session: &Session, observation: &Observation) -> Self {
+        match session.environment_id.and_then(|id| observation.environments.get(&id)) {
+            Some(observed) => Self::Present(observed.phase.clone()),
+            None if observation.complete && observation.unavailable.is_none() => Self::Absent,
+            None => Self::Unknown,
+        }
+    }
+}
+
+/// What is to be done next. Each may be done twice without harm.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing, until this time (ms) or until something changes.
+    Wait {
+        /// The session's next deadline.
+        until: i64,
+    },
+    /// Give it an environment's name and begin.
+    Provision,
+    /// See that the environment is made and answers, then `ready`.
+    Start,
+    /// The environment seems lost: look at it directly, and only then fail the session.
+    Confirm,
+    /// To this final state, for this reason.
+    End {
+        /// `terminated` or `failed`.
+        to: State,
+        /// Why.
+        reason: Reason,
+    },
+    /// End the environment, and then release the session.
+    Destroy,
+    /// There never was an environment: release the session.
+    Release,
+}
+
+/// Decides.
+#[must_use]
+pub fn decide(session: &Session, seen: &Seen, now: i64) -> Step {
+    if session.state.is_terminal() {
+        return if session.environment_id.is_some() { Step::Destroy } else { Step::Release };
+    }
+    let (until, overdue) = deadline(session);
+    if now >= until {
+        return overdue;
+    }
+    match (session.state, seen) {
+        (State::Created, _) => Step::Provision,
+        (_, Seen::Present(Phase::Failed(reason))) => end(State::Failed, reason.clone()),
+        (_, Seen::Present(Phase::Ending)) => end(
+            State::Failed,
+            Reason::new(ReasonCode::EnvironmentLost, "The environment is being destroyed."),
+        ),
+        (State::Initializing, _) => Step::Start,
+        (_, Seen::Absent) => Step::Confirm,
+        (_, Seen::Unknown | Seen::Present(Phase::Starting { .. } | Phase::Up)) => Step::Wait { until },
+    }
+}
+
+/// When the session's row says that something happens by itself, ms; `None` once it has ended.
+#[must_use]
+pub fn next_deadline(session: &Session) -> Option<i64> {
+    (!session.state.is_terminal()).then(|| deadline(session).0)
+}
+
+/// The next deadline of a session that has not ended, and what happens then.
+fn deadline(session: &Session) -> (i64, Step) {
+    let since = |at: Option<i64>| at.unwrap_or(session.updated_at);
+    let idle = session.duration_ms.saturating_mul(ABANDONED_AFTER_DURATIONS);
+    let abandoned = (session.active_at.saturating_add(idle), ReasonCode::Abandoned);
+    let (until, to, code) = match session.state {
+        State::Ready => {
+            let unused = since(session.ready_at).saturating_add(session.start_within_ms);
+            let (until, code) = earlier((unused, ReasonCode::NeverStarted), abandoned);
+            (until, State::Terminated, code)
+        }
+        State::Running => {
+            let over = since(session.started_at).saturating_add(session.duration_ms);
+            let (until, code) = earlier((over, ReasonCode::TimeExpired), abandoned);
+            (until, State::Terminated, code)
+        }
+        _ => (session.created_at.saturating_add(START_TIMEOUT_MS), State::Failed, ReasonCode::StartTimeout),
+    };
+    (until, end(to, code.into()))
+}
+
+/// The earlier of two deadlines; the first when they are equal.
+const fn earlier(first: (i64, ReasonCode), second: (i64, ReasonCode)) -> (i64, ReasonCode) {
+    if second.0 < first.0 { second } else { first }
+}
+
+const fn end(to: State, reason: Reason) -> Step {
+    Step::End { to, reason }
+}
+
+#[cfg(test)]
+mod tests;
