@@ -152,20 +152,64 @@ pub(super) fn is_user_name(name: &str) -> bool {
         && name != "nobody"
 }
 
-/// Descriptors for bubblewrap, numbered in the order in which they are added.
-#[derive(Default)]
-struct Descriptors(Vec<FdMapping>);
+/// Descriptors for bubblewrap, which closes each of them once it has read it.
+struct Descriptors {
+    mappings: Vec<FdMapping>,
+    /// Descriptors that this server has inherited itself and that a new process would inherit in turn. Their numbers are
+    /// used up first: what they stood for does not get into a sandbox.
+    inherited: Vec<RawFd>,
+    next: RawFd,
+}
 
 impl Descriptors {
+    fn new() -> io::Result<Self> {
+        Ok(Self { mappings: Vec::new(), inherited: inherited()?, next: FIRST_FD })
+    }
+
     fn add(&mut self, descriptor: OwnedFd) -> String {
-        let number = RawFd::try_from(self.0.len()).map_or(RawFd::MAX, |count| FIRST_FD + count);
-        self.0.push(FdMapping { parent_fd: descriptor, child_fd: number });
+        let number = self.inherited.pop().unwrap_or_else(|| {
+            while self.mappings.iter().any(|mapping| mapping.child_fd == self.next) {
+                self.next += 1;
+            }
+            self.next
+        });
+        self.mappings.push(FdMapping { parent_fd: descriptor, child_fd: number });
         number.to_string()
     }
 
     fn add_bytes(&mut self, bytes: &[u8]) -> io::Result<String> {
         Ok(self.add(in_memory(bytes)?.into()))
     }
+
+    /// All of them, with nothing behind the inherited numbers that are left.
+    fn finish(mut self) -> io::Result<Vec<FdMapping>> {
+        for number in self.inherited {
+            self.mappings.push(FdMapping { parent_fd: File::open("/dev/null")?.into(), child_fd: number });
+        }
+        Ok(self.mappings)
+    }
+}
+
+/// Open descriptors of this process, besides the first three, that are not closed when a program is started.
+fn inherited() -> io::Result<Vec<RawFd>> {
+    const CLOSE_ON_EXEC: u32 = 0o2_000_000;
+    let mut numbers = Vec::new();
+    for entry in std::fs::read_dir("/proc/self/fdinfo")? {
+        let entry = entry?;
+        let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        // One that is gone meanwhile was not inherited.
+        let Ok(info) = std::fs::read_to_string(entry.path()) else { continue };
+        let flags = info
+            .lines()
+            .find_map(|line| line.strip_prefix("flags:"))
+            .and_then(|flags| u32::from_str_radix(flags.trim(), 8).ok());
+        if let (Some(number @ FIRST_FD..), Some(flags)) = (number, flags)
+            && flags & CLOSE_ON_EXEC == 0
+        {
+            numbers.push(number);
+        }
+    }
+    Ok(numbers)
 }
 
 fn in_memory(bytes: &[u8]) -> io::Result<File> {
@@ -200,7 +244,7 @@ impl Sandbox {
     ) -> io::Result<Child> {
         let spec = &request.spec;
         let shape = Shape::new(spec);
-        let mut descriptors = Descriptors::default();
+        let mut descriptors = Descriptors::new()?;
         let mut options = self.options(&shape, &mut descriptors)?;
         let path = instance.agent_path(request.environment_id);
         // Opened anew: a duplicate would share its position with all other sandboxes.
@@ -233,7 +277,7 @@ impl Sandbox {
     /// Makes a sandbox and ends it at once; the error is what bubblewrap said.
     pub(super) fn try_out(&self) -> io::Result<Result<(), String>> {
         let spec = EnvironmentSpec::default();
-        let mut descriptors = Descriptors::default();
+        let mut descriptors = Descriptors::new()?;
         let mut options = self.options(&Shape::new(&spec), &mut descriptors)?;
         options.extend(["--remount-ro", "/"].map(str::to_owned));
         let program = ["/bin/sh".to_owned(), "-c".into(), "exit 0".into()];
@@ -347,7 +391,7 @@ impl Sandbox {
 
 fn run(mut command: Command, descriptors: Descriptors) -> io::Result<Child> {
     command.stdout(Stdio::null()).stderr(Stdio::piped());
-    command.fd_mappings(descriptors.0).map_err(io::Error::other)?;
+    command.fd_mappings(descriptors.finish()?).map_err(io::Error::other)?;
     command.spawn()
 }
 
