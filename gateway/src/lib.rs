@@ -6,6 +6,7 @@
 pub mod bridge;
 pub mod demo;
 pub mod http;
+pub mod keys;
 pub mod options;
 pub mod serve;
 pub mod ssh;

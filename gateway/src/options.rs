@@ -108,6 +108,12 @@ pub struct Serve {
     /// The SSH host key. Default: made in the data directory; replicas share one from a Secret
     #[arg(long, env = "CARREL_SSH_HOST_KEY_FILE", value_name = "FILE")]
     pub ssh_host_key_file: Option<PathBuf>,
+    /// The key that signs the pages' cookies. Default: made in the data directory; replicas share one from a Secret
+    #[arg(long, env = "CARREL_SECRET_KEY_FILE", value_name = "FILE")]
+    pub secret_key_file: Option<PathBuf>,
+    /// Further paths of this machine that local environments can read: tool chains outside of /usr
+    #[arg(long, env = "CARREL_LOCAL_SHARE", value_name = "PATH", value_delimiter = ':')]
+    pub local_share: Vec<PathBuf>,
     /// Networks whose failed logins are not counted against their address
     #[arg(long, env = "CARREL_SSH_PENALTY_EXEMPT", value_name = "CIDR", value_delimiter = ',')]
     pub ssh_penalty_exempt: Vec<Cidr>,

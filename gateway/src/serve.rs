@@ -8,12 +8,12 @@ use std::{
 };
 
 use carrel_api::{
-    access::AuthError,
-    credential::Auth,
+    access::{Auth, AuthError},
+    credential::{KeyError, ServerKey},
     environment::{
         Environment, EnvironmentError,
         link::Links,
-        local::{LocalEnvironment, LocalOptions},
+        local::{Agent, LocalEnvironment, LocalOptions},
     },
     exam::{self, ExamError},
     http::{self as api_http, ApiState, Public},
@@ -61,6 +61,9 @@ pub enum StartError {
     /// The bearer tokens' settings.
     #[error(transparent)]
     Auth(#[from] AuthError),
+    /// The key that signs the pages' cookies.
+    #[error(transparent)]
+    Key(#[from] KeyError),
     /// An address.
     #[error("{0} cannot be listened on: {1}; end what uses it, or choose another address with {2}")]
     Listen(SocketAddr, io::Error, &'static str),
@@ -125,12 +128,17 @@ impl Server {
         }
         let links = Links::new(Arc::clone(&environment));
         let lifecycle = Lifecycle::new(store.clone(), Arc::clone(&environment), Arc::clone(&links));
-        let auth = Arc::new(Auth::new(store.clone(), &options.jwt)?);
+        let key_file = options.secret_key_file.clone().unwrap_or_else(|| data_dir.join("secret_key"));
+        let auth = Auth::new(store.clone(), &options.jwt)?.with_key(ServerKey::load_or_create(&key_file)?);
+        let auth = Arc::new(auth);
         let bridge = Arc::new(Bridge::new(store.clone(), Arc::clone(&lifecycle), Arc::clone(&links)));
 
         let shutdown = CancellationToken::new();
         let parts = TaskTracker::new();
-        let api = ApiState::new(store.clone(), Arc::clone(&lifecycle), Arc::clone(&auth), public.clone());
+        let api = ApiState::new(store.clone(), Arc::clone(&lifecycle), Arc::clone(&auth), public.clone())
+            .with_environment(Arc::clone(&environment))
+            .with_allowed_origins(&options.allowed_origins)
+            .with_shutdown(shutdown.clone());
         let web = WebState::new(
             Arc::clone(&auth),
             Arc::clone(&bridge),
@@ -138,7 +146,8 @@ impl Server {
             &options.allowed_origins,
             shutdown.clone(),
         );
-        let router = api_http::router(api).merge(web::router(web));
+        let router = api_http::router(api).merge(web::router(web.clone()));
+        parts.spawn(web.ended());
         let ssh = Arc::new(Ssh::new(Arc::clone(&auth), bridge, host_key, options.ssh_penalty_exempt.clone()));
         parts.spawn(Arc::clone(&lifecycle).run(shutdown.clone()));
         parts.spawn(http::serve(http_listener, router, shutdown.clone()));
@@ -209,7 +218,13 @@ async fn environment(options: &Serve, data_dir: &Path) -> Result<Arc<dyn Environ
     }
     match options.environment {
         EnvironmentKind::Local => {
-            Ok(LocalEnvironment::new(LocalOptions { data_dir: data_dir.to_owned(), agent: AGENT })?)
+            let local = LocalOptions {
+                data_dir: data_dir.to_owned(),
+                agent: Agent::Bytes(AGENT),
+                shared: options.local_share.clone(),
+            };
+            let made = LocalEnvironment::new(local);
+            Ok(Arc::new(made.map_err(|error| StartError::DataDir(data_dir.to_owned(), error))?))
         }
         EnvironmentKind::Kubernetes => Err(StartError::Environment(EnvironmentError::NotFound)),
     }

@@ -4,7 +4,7 @@
 //! [`connection`] folds the protocol's callbacks into its inputs.
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use carrel_api::credential::Auth;
+use carrel_api::access::Auth;
 use rand::RngExt as _;
 use russh::{
     Disconnect, MethodKind, MethodSet, Preferred, SshId, cipher,

@@ -5,7 +5,10 @@
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Instant};
 
 use carrel_agent::wire::Pty;
-use carrel_api::{access::Access, credential::LoginError};
+use carrel_api::{
+    access::{Access, LoginError, user_name},
+    store::{Channel as By, Outcome},
+};
 use russh::{
     Channel, ChannelId, ChannelOpenFailure, Disconnect, Sig,
     keys::PublicKey,
@@ -133,16 +136,25 @@ impl Connection {
         (connection, Login { accepted, handle: Some(handle_sender) })
     }
 
-    async fn enter(&mut self, access: Access, method: &'static str) {
+    async fn enter(&mut self, access: Access) {
         let span = tracing::Span::current();
         span.record("user_id", tracing::field::display(access.user_id()));
         span.record("session_id", tracing::field::display(access.session_id()));
-        tracing::info!(method, "logged in");
-        self.entry = Some(self.ssh.bridge.enter(access).await.map(Arc::new).map_err(Arc::new));
+        tracing::info!(method = access.how().as_str(), "logged in");
+        let entry = self.ssh.bridge.enter(access).await;
+        let outcome = match &entry {
+            Ok(visit) if visit.feed.borrow().state.is_terminal() => Outcome::Ended,
+            Ok(_) => Outcome::Granted,
+            Err(_) => Outcome::Limited,
+        };
+        self.ssh.auth.record(By::Ssh, self.peer.ip(), (Some(access.session_id()), Some(access.user_id())), outcome);
+        self.entry = Some(entry.map(Arc::new).map_err(Arc::new));
     }
 
-    fn failed(&self) {
+    fn failed(&self, user: &str) {
         self.ssh.throttle.failed(self.peer.ip(), Instant::now());
+        let session_id = user_name(user).map(|(_, session_id)| session_id);
+        self.ssh.auth.record(By::Ssh, self.peer.ip(), (session_id, None), Outcome::Denied);
     }
 
     /// Another try with the same methods.
@@ -239,11 +251,11 @@ impl Handler for Connection {
     async fn auth_password(&mut self, user: &str, password: &str) -> Result<Auth, ConnectionError> {
         match self.ssh.auth.ssh_password(user, password).await {
             Ok(access) => {
-                self.enter(access, "password").await;
+                self.enter(access).await;
                 Ok(Auth::Accept)
             }
             Err(LoginError::Denied) => {
-                self.failed();
+                self.failed(user);
                 self.failures += 1;
                 tracing::info!(failures = self.failures, "password refused");
                 let methods =
@@ -279,11 +291,11 @@ impl Handler for Connection {
             Some((offered_by, offered, access))
                 if offered_by == user && offered.key_data() == key.public_key.key_data() =>
             {
-                self.enter(access, "publickey").await;
+                self.enter(access).await;
                 Ok(Auth::Accept)
             }
             _ => {
-                self.failed();
+                self.failed(user);
                 Ok(Self::retry())
             }
         }
