@@ -9,8 +9,8 @@ mod caller;
 mod jwt;
 
 pub use self::{
-    auth::{Auth, COOKIE_SECONDS, Cookie, LoginError, TICKET_SECONDS, Ticket, user_name},
-    caller::{Caller, Scope, Scopes, UnknownScope},
+    auth::{Auth, COOKIE, COOKIE_SECONDS, Cookie, LoginError, TICKET_SECONDS, Ticket, user_name},
+    caller::{Caller, Entry, Scope, Scopes, UnknownScope},
     jwt::{AuthError, JwtOptions},
 };
 

@@ -18,6 +18,7 @@ use super::{
 use crate::{
     credential::{Overloaded, Password, Passwords, PublicKey, Secret, SecretKind, ServerKey},
     identity::{SessionId, UserId},
+    metrics::Metrics,
     session::Session,
     store::{AccessRecord, Channel, Outcome, Store, StoreError, TicketKind, TicketRow},
 };
@@ -26,6 +27,8 @@ use crate::{
 pub const TICKET_SECONDS: u32 = 30;
 /// A browser address is good for this long, seconds: people open it when they get to it.
 const PAGE_SECONDS: u32 = 3600;
+/// The name of the page's cookie.
+pub const COOKIE: &str = "carrel_page";
 /// A page's cookie is good for this long, seconds; its session's end takes its use away earlier.
 pub const COOKIE_SECONDS: u64 = 7 * 24 * 3600;
 /// Records of attempts being written at once; while so many are under way, more are only logged.
@@ -93,6 +96,7 @@ pub struct Auth {
     jwt: Option<Verifier>,
     key: ServerKey,
     records: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
 }
 
 impl Auth {
@@ -107,6 +111,7 @@ impl Auth {
             jwt: Verifier::new(jwt)?,
             key: ServerKey::random(),
             records: Arc::new(Semaphore::new(RECORDS)),
+            metrics: Arc::default(),
         })
     }
 
@@ -114,6 +119,17 @@ impl Auth {
     #[must_use]
     pub fn with_key(self, key: ServerKey) -> Self {
         Self { key, ..self }
+    }
+
+    /// What is counted, for this process.
+    #[must_use]
+    pub const fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
+    fn counted<T>(&self, how: How, result: Result<T, LoginError>) -> Result<T, LoginError> {
+        self.metrics.login(how, result.as_ref().map(|_| ()).map_err(|error| *error));
+        result
     }
 
     /// Hashes a new session's password.
@@ -129,6 +145,10 @@ impl Auth {
     /// # Errors
     /// [`LoginError`]; one answer and the same work for every denial.
     pub async fn ssh_password(&self, user_name: &str, password: &str) -> Result<Access, LoginError> {
+        self.counted(How::Password, self.by_password(user_name, password).await)
+    }
+
+    async fn by_password(&self, user_name: &str, password: &str) -> Result<Access, LoginError> {
         let (user, session_id) = asked_for(user_name);
         let found = self.store.session_credential(session_id).await?;
         let stored = found.as_ref().and_then(|found| found.password_hash.as_deref());
@@ -143,6 +163,10 @@ impl Auth {
     /// # Errors
     /// [`LoginError`].
     pub async fn ssh_public_key(&self, user_name: &str, key: &str) -> Result<Access, LoginError> {
+        self.counted(How::PublicKey, self.by_public_key(user_name, key).await)
+    }
+
+    async fn by_public_key(&self, user_name: &str, key: &str) -> Result<Access, LoginError> {
         let (user, session_id) = asked_for(user_name);
         let found = self.store.session_credential(session_id).await?.ok_or(LoginError::Denied)?;
         let key = PublicKey::parse(key).map_err(|_| LoginError::Denied)?;
@@ -158,6 +182,10 @@ impl Auth {
     /// # Errors
     /// [`LoginError::Denied`] for anything but a good one.
     pub async fn caller(&self, token: &str) -> Result<Caller, LoginError> {
+        self.counted(How::Bearer, self.by_token(token).await)
+    }
+
+    async fn by_token(&self, token: &str) -> Result<Caller, LoginError> {
         if let Some(secret) = Secret::parse(SecretKind::ApiKey, token) {
             let key = self.store.api_key(secret.id()).await?;
             // Compared also where there is none.
@@ -224,8 +252,8 @@ impl Auth {
     /// # Errors
     /// [`LoginError`].
     pub async fn ticket(&self, session_id: SessionId, ticket: &str) -> Result<Access, LoginError> {
-        let access = self.take(ticket, TicketKind::Terminal).await?;
-        if access.session_id == session_id { Ok(access) } else { Err(LoginError::Denied) }
+        let taken = self.take(ticket, TicketKind::Terminal).await;
+        self.counted(How::Ticket, taken.and_then(|access| access.only_for(session_id)))
     }
 
     /// Trades a page's ticket for a cookie.
@@ -233,7 +261,7 @@ impl Auth {
     /// # Errors
     /// [`LoginError`].
     pub async fn trade(&self, ticket: &str) -> Result<(Access, Cookie), LoginError> {
-        let access = self.take(ticket, TicketKind::Page).await?;
+        let access = self.counted(How::Ticket, self.take(ticket, TicketKind::Page).await)?;
         let expiry = seconds_now().saturating_add(COOKIE_SECONDS);
         let value = Zeroizing::new(format!(
             "{}.{}.{expiry}.{}",
@@ -259,12 +287,13 @@ impl Auth {
     /// # Errors
     /// [`LoginError`].
     pub async fn cookie(&self, session_id: SessionId, value: &str) -> Result<Access, LoginError> {
+        self.counted(How::Cookie, self.by_cookie(session_id, value).await)
+    }
+
+    async fn by_cookie(&self, session_id: SessionId, value: &str) -> Result<Access, LoginError> {
         let access = self.cookie_access(value).ok_or(LoginError::Denied)?;
         let session = self.store.session(session_id).await?.ok_or(LoginError::Denied)?;
-        if access.session_id != session_id || access.user_id != session.user_id {
-            return Err(LoginError::Denied);
-        }
-        Ok(access)
+        if access.user_id == session.user_id { access.only_for(session_id) } else { Err(LoginError::Denied) }
     }
 
     /// What a cookie is for, by its tag alone.
@@ -312,6 +341,12 @@ impl Auth {
                 tracing::warn!(%error, "an access record could not be written");
             }
         });
+    }
+}
+
+impl Access {
+    fn only_for(self, session_id: SessionId) -> Result<Self, LoginError> {
+        if self.session_id == session_id { Ok(self) } else { Err(LoginError::Denied) }
     }
 }
 

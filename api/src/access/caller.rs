@@ -135,6 +135,12 @@ impl Caller {
         self.owns(session) || self.scopes.any(&[Scope::Platform, Scope::Operator, Scope::Proctor])
     }
 
+    /// May they hand it in? The candidate, or the platform in the candidate's name.
+    #[must_use]
+    pub fn may_submit(&self, session: &Session) -> bool {
+        self.owns(session) || self.scopes.any(&[Scope::Platform, Scope::Operator])
+    }
+
     /// Do they end it as the candidate does, and not as staff?
     #[must_use]
     pub fn ends_as_candidate(&self, session: &Session) -> bool {

@@ -1,0 +1,39 @@
+//! Which pages may open a WebSocket. A browser names a page's origin; other programs name none.
+use axum::http::{HeaderMap, Uri, header};
+
+/// The origins that are let in.
+#[derive(Debug, Clone, Default)]
+pub struct Origins(Vec<String>);
+
+impl Origins {
+    /// Of URLs, scheme, host and port count. One that is none lets nobody in.
+    pub fn new<'a>(urls: impl IntoIterator<Item = &'a str>) -> Self {
+        Self(urls.into_iter().filter_map(origin).collect())
+    }
+
+    /// May this request come in? Also when it names no origin: then no page sent it, and its credential decides alone.
+    pub fn allow(&self, headers: &HeaderMap) -> bool {
+        let mut named = headers.get_all(header::ORIGIN).iter();
+        match (named.next(), named.next()) {
+            (None, _) => true,
+            (Some(only), None) => {
+                only.to_str().ok().and_then(origin).is_some_and(|origin| self.0.contains(&origin))
+            }
+            (Some(_), Some(_)) => false,
+        }
+    }
+}
+
+/// `scheme://host[:port]` in lower case, without the scheme's own port, as browsers write it.
+fn origin(url: &str) -> Option<String> {
+    let uri: Uri = url.parse().ok()?;
+    let scheme = uri.scheme_str()?.to_ascii_lowercase();
+    let host = uri.host()?.to_ascii_lowercase();
+    let own = match scheme.as_str() {
+        "http" => 80,
+        "https" => 443,
+        _ => return None,
+    };
+    let port = uri.port_u16().filter(|port| *port != own);
+    Some(port.map_or_else(|| format!("{scheme}://{host}"), |port| format!("{scheme}://{host}:{port}")))
+}
