@@ -230,24 +230,57 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Queue {
-    /// Contiguous blocks of at most [`BLOCK`] bytes: small frames are joined in them.
-    blocks: VecDeque<BytesMut>,
-    /// How the stream ended, after the last block.
+    bytes: Blocks,
+    /// How the stream ended, after the last byte.
     end: Option<Result<Option<HeaderMap>, Closed>>,
 }
 
-impl Queue {
-    fn push(&mut self, frame: &[u8]) {
+/// A queue of bytes that joins small pieces: what lies in it costs little more than its bytes. It has no limit of its own.
+#[derive(Debug, Default)]
+pub struct Blocks {
+    blocks: VecDeque<BytesMut>,
+    len: usize,
+}
+
+impl Blocks {
+    /// Appends.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.len = self.len.saturating_add(bytes.len());
         let first = self.blocks.is_empty();
         if let Some(last) = self.blocks.back_mut()
-            && last.capacity().saturating_sub(last.len()) >= frame.len()
+            && last.capacity().saturating_sub(last.len()) >= bytes.len()
         {
-            last.extend_from_slice(frame);
+            last.extend_from_slice(bytes);
             return;
         }
-        let mut block = BytesMut::with_capacity(frame.len().max(if first { FIRST_BLOCK } else { BLOCK }));
-        block.extend_from_slice(frame);
+        let mut block = BytesMut::with_capacity(bytes.len().max(if first { FIRST_BLOCK } else { BLOCK }));
+        block.extend_from_slice(bytes);
         self.blocks.push_back(block);
+    }
+
+    /// Takes the first block: at most 64 KiB, unless more was pushed at once.
+    pub fn pop(&mut self) -> Option<Bytes> {
+        let block = self.blocks.pop_front()?;
+        self.len = self.len.saturating_sub(block.len());
+        Some(block.freeze())
+    }
+
+    /// Bytes in it.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Nothing in it?
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Drops everything.
+    pub fn clear(&mut self) {
+        self.blocks.clear();
+        self.len = 0;
     }
 }
 
@@ -262,7 +295,7 @@ impl Shared {
             match stream.data().await {
                 Some(Ok(frame)) if frame.is_empty() => {}
                 Some(Ok(frame)) => {
-                    self.lock().push(&frame);
+                    self.lock().bytes.push(&frame);
                     self.changed.notify_one();
                 }
                 Some(Err(error)) => break Self::end(error),
@@ -305,11 +338,11 @@ impl Inbound {
         loop {
             {
                 let mut queue = self.shared.lock();
-                if let Some(block) = queue.blocks.pop_front() {
+                if let Some(block) = queue.bytes.pop() {
                     drop(queue);
                     // Refused only when the stream has gone meanwhile, and its window with it.
                     let _ = self.window.release_capacity(block.len());
-                    return Ok(Some(block.freeze()));
+                    return Ok(Some(block));
                 }
                 match &queue.end {
                     Some(Ok(_)) => return Ok(None),

@@ -25,6 +25,8 @@ use tokio::{
     time::timeout,
 };
 
+use crate::spawn;
+
 /// A peer that hands nothing over after this long is let go.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// What the agent says when it is done with the descriptors.
@@ -102,7 +104,7 @@ impl Half {
         let flags = rustix::fs::fcntl_getfl(&descriptor)?;
         rustix::fs::fcntl_setfl(&descriptor, flags | OFlags::NONBLOCK)?;
         // A file cannot be waited for, and is refused here.
-        Ok(Self { descriptor: AsyncFd::register(descriptor)?, flags })
+        Ok(Self { descriptor: spawn::watch(descriptor)?, flags })
     }
 }
 

@@ -2,16 +2,21 @@
 //!
 //! `main` only wires; `carrel-agent --help` says what there is.
 mod account;
+mod attachment;
 mod handoff;
 mod memory;
 mod options;
 mod process;
+mod pty;
 mod reap;
 mod registry;
 mod request;
+mod screen;
+mod seats;
 mod serve;
 mod session;
 mod setup;
+mod sftp;
 mod spawn;
 mod tcp;
 mod terminal;
@@ -38,6 +43,13 @@ fn run(command: Command) -> io::Result<()> {
         Command::Serve(options) => serve::run(options),
         Command::Connect { socket } => handoff::connect(&socket),
         Command::Install { destination } => options::install(&destination),
+        Command::Sftp => {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(sftp::run());
+            // A read of stdin that nobody waits for must not hold the end up.
+            runtime.shutdown_background();
+            Ok(())
+        }
         Command::Print(text) => io::stdout().write_all(text.as_bytes()),
     }
 }

@@ -15,6 +15,8 @@ carrel-agent connect --socket PATH
     Hands its stdin and stdout to the agent at PATH and waits until they are done with.
 carrel-agent install DESTINATION
     Copies this program.
+carrel-agent sftp
+    Serves file transfer on stdin and stdout, where the environment has no sftp-server.
 carrel-agent --version
 ";
 
@@ -33,6 +35,8 @@ pub enum Command {
         /// A file that need not exist yet.
         destination: PathBuf,
     },
+    /// Serve file transfer on stdin and stdout.
+    Sftp,
     /// Say something and end.
     Print(String),
 }
@@ -75,6 +79,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, B
             Ok(Command::Print(format!("carrel-agent {}\n", env!("CARGO_PKG_VERSION"))))
         }
         Some("--help" | "-h" | "help") => Ok(Command::Print(HELP.into())),
+        Some("sftp") => Ok(Command::Sftp),
         Some("serve") => serve(arguments).map(Command::Serve),
         Some("connect") => match (arguments.next(), arguments.next(), arguments.next()) {
             (Some(flag), Some(socket), None) if flag == "--socket" => {

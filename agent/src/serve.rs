@@ -26,7 +26,9 @@ use crate::{
     options::Serve,
     reap::{Ending, Reaper},
     registry::Registry,
-    request, session, setup, spawn,
+    request,
+    seats::Terminals,
+    session, setup, spawn,
 };
 
 /// Connections at once. Further ones are closed.
@@ -47,6 +49,8 @@ pub struct Agent {
     pub account: Account,
     /// What runs.
     pub registry: Registry,
+    /// What of it can be joined.
+    pub terminals: Terminals,
     /// Collects statuses.
     pub reaper: Arc<Reaper>,
     /// Tells what the kernel killed.
@@ -93,6 +97,7 @@ pub fn run(options: Serve) -> io::Result<()> {
         let agent = Arc::new(Agent {
             account: Account::of_this_process(&options),
             registry: Registry::default(),
+            terminals: Terminals::default(),
             reaper: Reaper::start()?,
             memory: Memory::new(),
             setup: Mutex::default(),

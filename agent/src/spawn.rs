@@ -1,4 +1,4 @@
-//! Starting a child, and taking over an inherited descriptor: the two things that have no safe interface.
+//! Starting a child, taking over an inherited descriptor, waiting for one: what has no safe interface.
 //!
 //! This module does not know what the child is for.
 #![allow(unsafe_code, reason = "what runs between fork and exec, and a descriptor known by its number only")]
@@ -13,6 +13,7 @@ use std::{
 };
 
 use rustix::process::{Resource, Rlimit};
+use tokio::io::unix::AsyncFd;
 
 /// Starts `command` in a session, and so a process group, of its own; with `terminal`, its stdin becomes the controlling terminal.
 /// `files` is the limit of open files that it starts with: the agent raises its own.
@@ -53,4 +54,13 @@ pub fn inherited(descriptor: RawFd) -> io::Result<OwnedFd> {
     }
     rustix::io::fcntl_setfd(&owned, rustix::io::FdFlags::CLOEXEC)?;
     Ok(owned)
+}
+
+/// Registers a descriptor with the runtime.
+///
+/// # Errors
+/// For a file, which cannot be waited for.
+pub fn watch(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is open, and always the same descriptor, until it is dropped.
+    Ok(unsafe { AsyncFd::register(descriptor) }?)
 }

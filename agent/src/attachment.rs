@@ -1,0 +1,191 @@
+//! One client at a terminal: its bounded output queue, and the two tasks that pass bytes.
+//!
+//! This module does not know what a terminal is.
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
+
+use bytes::Bytes;
+use carrel_agent::flow::{Blocks, Inbound, Outbound};
+use http::HeaderMap;
+use tokio::{
+    sync::{Notify, mpsc},
+    task::AbortHandle,
+};
+
+/// Bytes that wait for a client when others are attached too. One that has more is stale: it gets a redraw when it has caught up.
+pub const LIMIT: usize = 1 << 20;
+/// Bytes that wait for a client that is alone, before the process has to.
+pub const BUSY: usize = 256 * 1024;
+
+/// What a client sends.
+#[derive(Debug)]
+pub enum Input {
+    /// Keys.
+    Bytes(Bytes),
+    /// It will send no more.
+    End,
+}
+
+/// The terminal's side of a client.
+#[derive(Debug)]
+pub struct Attachment {
+    shared: Arc<Shared>,
+    reading: AbortHandle,
+    /// Looks only: it does not keep the terminal, and what it sends is dropped.
+    pub watches: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    queue: Mutex<Queue>,
+    changed: Notify,
+    /// The client has gone.
+    lost: AtomicBool,
+    /// Wakes the terminal.
+    progress: Arc<Notify>,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    bytes: Blocks,
+    stale: bool,
+    end: Option<HeaderMap>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Attachment {
+    /// Starts passing bytes: the client's to `keys`, unless it only watches; and what is pushed to the client. `progress` is
+    /// notified when there is room again or the client has gone.
+    pub fn new(
+        (input, output): (Inbound, Outbound),
+        keys: mpsc::Sender<Input>,
+        progress: Arc<Notify>,
+        watches: bool,
+    ) -> Self {
+        let shared = Arc::new(Shared {
+            queue: Mutex::default(),
+            changed: Notify::new(),
+            lost: AtomicBool::new(false),
+            progress,
+        });
+        tokio::spawn(send(output, Arc::clone(&shared)));
+        let reading = tokio::spawn(receive(input, keys, watches)).abort_handle();
+        Self { shared, reading, watches }
+    }
+
+    /// Has the client gone?
+    pub fn is_lost(&self) -> bool {
+        self.shared.lost.load(Ordering::Relaxed)
+    }
+
+    /// Should the process wait for this client, if it is the only one?
+    pub fn is_busy(&self) -> bool {
+        self.shared.lock().bytes.len() >= BUSY
+    }
+
+    /// Appends. With `shared`, a client that does not keep up loses what waits for it and becomes stale.
+    pub fn push(&self, bytes: &[u8], shared: bool) {
+        let mut queue = self.shared.lock();
+        if queue.stale {
+            return;
+        }
+        if shared && queue.bytes.len().saturating_add(bytes.len()) > LIMIT {
+            queue.bytes.clear();
+            queue.stale = true;
+        } else {
+            queue.bytes.push(bytes);
+        }
+        drop(queue);
+        self.shared.changed.notify_one();
+    }
+
+    /// Is it stale, and has it taken everything that was left?
+    pub fn wants_redraw(&self) -> bool {
+        let queue = self.shared.lock();
+        queue.stale && queue.bytes.is_empty()
+    }
+
+    /// Is it stale?
+    pub fn is_stale(&self) -> bool {
+        self.shared.lock().stale
+    }
+
+    /// Gives a stale client a new start.
+    pub fn redraw(&self, bytes: &[u8]) {
+        self.shared.lock().stale = false;
+        self.push(bytes, false);
+    }
+
+    /// Ends it, after everything that was pushed.
+    pub fn finish(&self, trailers: HeaderMap) {
+        self.shared.lock().end = Some(trailers);
+        self.shared.changed.notify_one();
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        self.reading.abort();
+    }
+}
+
+async fn receive(mut input: Inbound, keys: mpsc::Sender<Input>, watches: bool) {
+    while let Ok(Some(bytes)) = input.read().await {
+        if !watches && keys.send(Input::Bytes(bytes)).await.is_err() {
+            return;
+        }
+    }
+    if !watches {
+        // A client that was lost is noticed by its other task.
+        let _ = keys.send(Input::End).await;
+    }
+}
+
+async fn send(mut output: Outbound, shared: Arc<Shared>) {
+    enum Next {
+        Bytes(Bytes, bool),
+        End(HeaderMap),
+        Wait,
+    }
+    loop {
+        let next = {
+            let mut queue = shared.lock();
+            let waited_for = queue.stale || queue.bytes.len() >= BUSY;
+            match queue.bytes.pop() {
+                Some(bytes) => Next::Bytes(bytes, waited_for),
+                None => queue.end.take().map_or(Next::Wait, Next::End),
+            }
+        };
+        let closed = match next {
+            Next::Bytes(bytes, waited_for) => {
+                let sent = output.write(bytes).await;
+                if waited_for {
+                    shared.progress.notify_one();
+                }
+                sent.is_err()
+            }
+            Next::End(trailers) => return output.finish_with(trailers),
+            Next::Wait => {
+                // A stale client has taken what was left.
+                if shared.lock().stale {
+                    shared.progress.notify_one();
+                }
+                tokio::select! {
+                    () = shared.changed.notified() => false,
+                    _ = output.closed() => true,
+                }
+            }
+        };
+        if closed {
+            shared.lost.store(true, Ordering::Relaxed);
+            return shared.progress.notify_one();
+        }
+    }
+}
