@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from harness import Postgres, Server, Session, told, wait_until
+from harness import Postgres, Server, Session, processes_that_mention, told, wait_until
 
 
 def at(text: str) -> float:
@@ -28,8 +28,6 @@ def at(text: str) -> float:
 def environment_of(server: Server, session: Session) -> dict[int, str]:
     """Processes of one session's environment on this machine."""
     found = session.get()["environment"]["environment_id"]
-    from harness import processes_that_mention
-
     return {pid: line for pid, line in processes_that_mention(found).items() if pid != server.pid}
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import Master, Server, Session, told, wait_until
+from harness import Master, Server, Session, free_port, told, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -537,6 +538,18 @@ def test_forwarding_to_the_own_loopback_works_where_the_exam_allows_it(server: S
         assert done.stdout == b"answer to hello\n", told(done)
         done = session.ssh.run(None, "-W", "localhost:8000", input=b"again\n", timeout=20)
         assert done.stdout == b"answer to again\n", told(done)
+        # As an editor does: one connection with shells, commands and many forwarded connections.
+        port = free_port()
+        with session.ssh.master("-L", f"127.0.0.1:{port}:127.0.0.1:8000") as editor:
+            for number in range(30):
+                with socket.create_connection(("127.0.0.1", port), timeout=10) as one:
+                    one.sendall(b"line %d\n" % number)
+                    answer = b""
+                    while data := one.recv(4096):
+                        answer += data
+                assert answer == b"answer to line %d\n" % number
+                if number % 10 == 0:
+                    assert editor.out(f"echo {number}") == str(number)
         nobody = session.ssh.run(None, "-W", "127.0.0.1:8001", timeout=20)
         assert nobody.returncode == 255 and b"refused" in nobody.stderr.lower(), f"nobody listens there: {told(nobody)}"
         for target in (f"127.0.0.1:{server.http_port}", "192.0.2.1:80", "[2001:db8::1]:80", "example.org:80", "0.0.0.0:8000"):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from harness import BINARY, Demo, Postgres, Server, free_port, told, wait_until
+from harness import BINARY, Demo, Server, free_port, processes_that_mention, told, wait_until
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 
@@ -282,9 +282,7 @@ def test_a_demo_interrupted_while_it_starts_leaves_nothing(work: Path) -> None:
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)
         process.wait(20)
-        from harness import processes_that_mention
-
-        wait_until("no process is left", lambda: not processes_that_mention(tmp), within=10)
+        wait_until("no process is left", lambda tmp=tmp: not processes_that_mention(tmp), within=10)
         assert not list(tmp.iterdir()), f"interrupted after {wait} s it left {list(tmp.iterdir())}"
 
 
