@@ -61,3 +61,62 @@ fn update(entry: &watch::Sender<Arc<Session>>, session: &Session) {
         later
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{identity::UserId, session::State};
+
+    fn session(version: i64) -> Session {
+        Session {
+            id: SessionId::from(uuid::Uuid::nil()),
+            user_id: UserId::from(uuid::Uuid::nil()),
+            exam_id: "e".into(),
+            environment_id: None,
+            state: State::Created,
+            version,
+            reason: None,
+            step: 0,
+            duration_ms: 1,
+            start_within_ms: 1,
+            reconnect_window_ms: 1,
+            created_at: 0,
+            initializing_at: None,
+            ready_at: None,
+            started_at: None,
+            ended_at: None,
+            released_at: None,
+            active_at: 0,
+            updated_at: 0,
+        }
+    }
+
+    #[test]
+    fn an_older_row_never_replaces_a_newer_one() {
+        let feed = Feed::default();
+        let mut receiver = feed.subscribe(session(3));
+        feed.publish(&session(2));
+        feed.publish(&session(3));
+        assert!(!receiver.has_changed().unwrap());
+        assert_eq!(feed.subscribe(session(2)).borrow().version, 3);
+        feed.publish(&session(4));
+        assert!(receiver.has_changed().unwrap());
+        assert_eq!(receiver.borrow_and_update().version, 4);
+    }
+
+    #[test]
+    fn what_nobody_watches_is_forgotten_and_what_was_released_is_not_asked_for() {
+        let feed = Feed::default();
+        let id = session(1).id;
+        let (one, two) = (feed.subscribe(session(1)), feed.existing(id).unwrap());
+        drop(one);
+        assert_eq!(feed.watched(), [id]);
+        feed.publish(&Session { released_at: Some(1), ..session(2) });
+        assert_eq!(feed.watched(), []);
+        assert_eq!(feed.existing(id).unwrap().borrow().version, 2);
+        drop(two);
+        assert!(feed.existing(id).is_none(), "a row that nobody kept fresh is not handed out");
+        feed.watched();
+        assert!(feed.entries().is_empty());
+    }
+}

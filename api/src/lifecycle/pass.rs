@@ -352,3 +352,90 @@ async fn changed(observation: &mut tokio::sync::watch::Receiver<Arc<Observation>
         std::future::pending::<()>().await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        environment::{
+            link::Links,
+            local::{Agent, LocalEnvironment, LocalOptions},
+        },
+        identity::SessionId,
+        store::Store,
+    };
+
+    async fn lifecycle(directory: &std::path::Path) -> Arc<Lifecycle> {
+        let store = Store::open(&format!("sqlite:{}/db", directory.display())).await.unwrap();
+        let options = LocalOptions {
+            data_dir: directory.join("data"),
+            agent: Agent::Bytes(b"none"),
+            shared: Vec::new(),
+        };
+        let environment = Arc::new(LocalEnvironment::new(options).unwrap());
+        Lifecycle::new(store, environment.clone(), Links::new(environment))
+    }
+
+    async fn landed(lifecycle: &Lifecycle) {
+        tokio::time::timeout(Duration::from_secs(10), lifecycle.wake.notified()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_a_failure_of_its_own_session_only_and_is_tried_again_after_a_pause() {
+        let directory = tempfile::tempdir().unwrap();
+        let lifecycle = lifecycle(directory.path()).await;
+        let subject = Subject::Session(SessionId::new());
+        let span = tracing::Span::none;
+        assert_eq!(lifecycle.take_off(subject, Kind::Start, span(), |_| async { panic!("a fault") }), None);
+        landed(&lifecycle).await;
+        let again = || lifecycle.take_off(subject, Kind::Start, span(), |_| async { Done::Yes });
+        let left = again().expect("there is a pause");
+        assert!(left <= Duration::from_millis(320), "{left:?}");
+        // Another kind of act does not wait for it.
+        assert_eq!(lifecycle.take_off(subject, Kind::Destroy, span(), |_| async { Done::Yes }), None);
+        landed(&lifecycle).await;
+        assert!(lifecycle.flights().is_empty());
+    }
+
+    #[tokio::test]
+    async fn one_act_at_a_time_and_what_follows_waits_for_what_it_cancelled() {
+        let directory = tempfile::tempdir().unwrap();
+        let lifecycle = lifecycle(directory.path()).await;
+        let subject = Subject::Session(SessionId::new());
+        let span = tracing::Span::none;
+        let (stopped, stop) = tokio::sync::oneshot::channel::<()>();
+        let slow = |cancel: CancellationToken| async move {
+            cancel.cancelled().await;
+            // Cancelled, and still at work.
+            let _ = stop.await;
+            Done::Yes
+        };
+        lifecycle.take_off(subject, Kind::Start, span(), slow);
+        let count = Arc::new(AtomicU64::new(0));
+        let destroy = || {
+            let count = Arc::clone(&count);
+            lifecycle.take_off(subject, Kind::Destroy, span(), |_| async move {
+                count.fetch_add(1, Ordering::Relaxed);
+                Done::Yes
+            })
+        };
+        destroy();
+        destroy();
+        assert_eq!(count.load(Ordering::Relaxed), 0);
+        stopped.send(()).unwrap();
+        landed(&lifecycle).await;
+        destroy();
+        landed(&lifecycle).await;
+        assert_eq!(count.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn pauses_grow_and_have_a_limit() {
+        for (failures, least, most) in [(1, 187, 313), (2, 375, 625), (3, 750, 1250), (60, 22_500, 37_500)] {
+            for _ in 0..100 {
+                let pause = pause(failures).as_millis();
+                assert!((least..=most).contains(&pause), "{failures}: {pause}");
+            }
+        }
+    }
+}

@@ -1,4 +1,5 @@
 //! A fresh database for each test, of either kind, and a raw way in past the store.
+#![allow(dead_code, reason = "each test program uses its part")]
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use sqlx::{AnyConnection, AssertSqlSafe, Connection as _, Row as _, any::AnyRow};
