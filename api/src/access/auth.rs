@@ -252,16 +252,19 @@ impl Auth {
     /// # Errors
     /// [`LoginError`].
     pub async fn ticket(&self, session_id: SessionId, ticket: &str) -> Result<Access, LoginError> {
-        let taken = self.take(ticket, TicketKind::Terminal).await;
+        let taken = self.take(ticket, &[TicketKind::Terminal]).await;
         self.counted(How::Ticket, taken.and_then(|access| access.only_for(session_id)))
     }
 
-    /// Trades a page's ticket for a cookie.
+    /// Trades a page's ticket for a cookie, or a terminal's: a platform sends its candidates to the page with one. Not one that
+    /// only watches: a cookie lets work.
     ///
     /// # Errors
     /// [`LoginError`].
     pub async fn trade(&self, ticket: &str) -> Result<(Access, Cookie), LoginError> {
-        let access = self.counted(How::Ticket, self.take(ticket, TicketKind::Page).await)?;
+        let taken = self.take(ticket, &[TicketKind::Page, TicketKind::Terminal]).await;
+        let taken = taken.and_then(|access| if access.watches { Err(LoginError::Denied) } else { Ok(access) });
+        let access = self.counted(How::Ticket, taken)?;
         let expiry = seconds_now().saturating_add(COOKIE_SECONDS);
         let value = Zeroizing::new(format!(
             "{}.{}.{expiry}.{}",
@@ -272,10 +275,10 @@ impl Auth {
         Ok((access, Cookie { value, max_age: COOKIE_SECONDS }))
     }
 
-    async fn take(&self, ticket: &str, kind: TicketKind) -> Result<Access, LoginError> {
+    async fn take(&self, ticket: &str, kinds: &[TicketKind]) -> Result<Access, LoginError> {
         let secret = Secret::parse(SecretKind::Ticket, ticket).ok_or(LoginError::Denied)?;
         let row = self.store.take_ticket(secret.id()).await?.ok_or(LoginError::Denied)?;
-        if !secret.matches(&row.secret_hash) || row.kind != kind {
+        if !secret.matches(&row.secret_hash) || !kinds.contains(&row.kind) {
             return Err(LoginError::Denied);
         }
         let watches = row.id.starts_with(WATCHES);

@@ -113,6 +113,10 @@ async fn a_proctors_ticket_only_watches_and_a_graders_is_none() {
     assert!(auth.ticket(session.id, ticket.expose()).await.unwrap().only_watches());
     let ticket = auth.terminal_ticket(&staff(Scope::Platform), &session).await.unwrap();
     assert!(!auth.ticket(session.id, ticket.expose()).await.unwrap().only_watches());
+    let ticket = auth.terminal_ticket(&staff(Scope::Proctor), &session).await.unwrap();
+    assert!(auth.trade(ticket.expose()).await.is_err(), "a cookie lets work");
+    let ticket = auth.terminal_ticket(&staff(Scope::Platform), &session).await.unwrap();
+    assert_eq!(auth.trade(ticket.expose()).await.unwrap().0.session_id(), session.id);
     assert!(auth.terminal_ticket(&staff(Scope::Grader), &session).await.is_err());
     assert!(auth.enter(&staff(Scope::Proctor), session.id).await.unwrap().only_watches());
     assert_eq!(auth.enter(&staff(Scope::Grader), session.id).await, Err(LoginError::Denied));

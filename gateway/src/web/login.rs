@@ -8,7 +8,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use carrel_api::{
-    access::{Access, Auth, LoginError},
+    access::{Access, Auth, COOKIE, LoginError},
     identity::SessionId,
     store::{Channel, Outcome},
 };
@@ -18,8 +18,6 @@ use zeroize::Zeroizing;
 
 use super::{WebState, error};
 
-/// The page's cookie. Its path is the session's in the API, where its only use, the terminal, is.
-const COOKIE: &str = "carrel_page";
 /// Largest body of a login, bytes.
 const BODY: usize = 1024;
 
@@ -168,6 +166,7 @@ pub async fn login(
         }
     };
     let secure = if state.0.secure { "; Secure" } else { "" };
+    // Its path is the session's in the API: the terminal and the status are its only uses.
     let text = Zeroizing::new(format!(
         "{COOKIE}={}; Path=/v1/sessions/{}; Max-Age={}; HttpOnly; SameSite=Strict{secure}",
         *cookie.value,

@@ -107,6 +107,7 @@ pub async fn terminal(
         move |mut socket| {
             async move {
                 let _seen = seen;
+                let _open = state.0.auth.metrics().web_socket();
                 let entered = tokio::select! {
                     entered = enter(&state, &mut socket, dialect, session_id, credential, peer) => entered,
                     () = state.0.shutdown.cancelled() => Err((close_code::AWAY, "the server restarts; connect again")),
