@@ -62,12 +62,13 @@ impl Shared {
 
 impl Attachment {
     /// Starts passing bytes: the client's to `keys`, unless it only watches; and what is pushed to the client. `progress` is
-    /// notified when there is room again or the client has gone.
+    /// notified when there is room again or the client has gone; `seat` is dropped at once when it has.
     pub fn new(
         (input, output): (Inbound, Outbound),
         keys: mpsc::Sender<Input>,
         progress: Arc<Notify>,
         watches: bool,
+        seat: impl Send + 'static,
     ) -> Self {
         let shared = Arc::new(Shared {
             queue: Mutex::default(),
@@ -75,7 +76,11 @@ impl Attachment {
             lost: AtomicBool::new(false),
             progress,
         });
-        tokio::spawn(send(output, Arc::clone(&shared)));
+        let sending = Arc::clone(&shared);
+        tokio::spawn(async move {
+            send(output, sending).await;
+            drop(seat);
+        });
         let reading = tokio::spawn(receive(input, keys, watches)).abort_handle();
         Self { shared, reading, watches }
     }
@@ -137,14 +142,17 @@ impl Drop for Attachment {
 }
 
 async fn receive(mut input: Inbound, keys: mpsc::Sender<Input>, watches: bool) {
-    while let Ok(Some(bytes)) = input.read().await {
-        if !watches && keys.send(Input::Bytes(bytes)).await.is_err() {
+    loop {
+        let input = match input.read().await {
+            Ok(Some(bytes)) => Input::Bytes(bytes),
+            Ok(None) => Input::End,
+            // A client that was lost is noticed by the other task. It has not ended the input.
+            Err(_) => return,
+        };
+        let ended = matches!(input, Input::End);
+        if !watches && keys.send(input).await.is_err() || ended {
             return;
         }
-    }
-    if !watches {
-        // A client that was lost is noticed by its other task.
-        let _ = keys.send(Input::End).await;
     }
 }
 

@@ -87,10 +87,11 @@ pub async fn server<T>(io: T) -> Result<h2::server::Connection<T, Bytes>, h2::Er
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
+    // The size of frames stays HTTP/2's own: h2 counts the frames of a request's headers by it, and a client that has not heard of
+    // another one yet sends long commands in frames of that size.
     h2::server::Builder::new()
         .initial_window_size(limits::STREAM_WINDOW)
         .initial_connection_window_size(limits::CONNECTION_WINDOW)
-        .max_frame_size(limits::FRAME)
         .max_header_list_size(limits::HEADER_LIST)
         .max_concurrent_streams(limits::STREAMS)
         .max_concurrent_reset_streams(limits::RESETS)

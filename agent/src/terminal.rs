@@ -117,7 +117,7 @@ struct Terminal {
     master: Arc<Master>,
     /// For those who may attach later.
     screen: Option<Screen>,
-    attached: Vec<(Attachment, Option<Seat>)>,
+    attached: Vec<Attachment>,
     orders: mpsc::Receiver<Order>,
     keys: (mpsc::Sender<Input>, mpsc::Receiver<Input>),
     progress: Arc<Notify>,
@@ -179,8 +179,8 @@ impl Terminal {
         self.keep = keep;
         let seat = self.screen.as_ref().map(|_| self.agent.terminals.add(&self.id, orders, join));
         if let Some(streams) = exchange.open(answer(&self.id, false)) {
-            let attachment = Attachment::new(streams, self.keys.0.clone(), Arc::clone(&self.progress), false);
-            self.attached.push((attachment, seat));
+            let keys = self.keys.0.clone();
+            self.attached.push(Attachment::new(streams, keys, Arc::clone(&self.progress), false, seat));
         }
         self.settle();
     }
@@ -195,7 +195,7 @@ impl Terminal {
             }
         }
         let trailers = trailers(&self.agent, exit);
-        for (attachment, _) in &self.attached {
+        for attachment in &self.attached {
             if attachment.is_stale()
                 && let Some(screen) = &mut self.screen
             {
@@ -251,7 +251,7 @@ impl Terminal {
     /// One that is alone holds the process back; several do not.
     fn may_read(&self) -> bool {
         match self.attached.as_slice() {
-            [(alone, _)] => !alone.is_busy(),
+            [alone] => !alone.is_busy(),
             _ => true,
         }
     }
@@ -270,7 +270,7 @@ impl Terminal {
             screen.feed(bytes);
         }
         let shared = self.attached.len() > 1;
-        for (attachment, _) in &self.attached {
+        for attachment in &self.attached {
             attachment.push(bytes, shared);
         }
     }
@@ -301,7 +301,7 @@ impl Terminal {
     }
 
     fn people(&self) -> usize {
-        self.attached.iter().filter(|(attachment, _)| !attachment.watches).count()
+        self.attached.iter().filter(|attachment| !attachment.watches).count()
     }
 
     /// A redraw and everything after it: nothing is read in between.
@@ -312,7 +312,8 @@ impl Terminal {
             return exchange.refuse(&Refusal::Busy("this terminal is ending".into()));
         }
         let Some(streams) = exchange.open(answer(&self.id, true)) else { return };
-        let attachment = Attachment::new(streams, self.keys.0.clone(), Arc::clone(&self.progress), watches);
+        let keys = self.keys.0.clone();
+        let attachment = Attachment::new(streams, keys, Arc::clone(&self.progress), watches, seat);
         if !watches {
             self.resize(cols, rows);
             self.keep = keep.or(self.keep);
@@ -321,7 +322,7 @@ impl Terminal {
         if let Some(screen) = &mut self.screen {
             attachment.redraw(&screen.redraw(true));
         }
-        self.attached.push((attachment, Some(seat)));
+        self.attached.push(attachment);
     }
 
     fn resize(&mut self, cols: u16, rows: u16) {
@@ -334,8 +335,8 @@ impl Terminal {
 
     /// Lets go of those who have gone, and brings stale ones up to date.
     fn settle(&mut self) {
-        self.attached.retain(|(attachment, _)| !attachment.is_lost());
-        for (attachment, _) in &self.attached {
+        self.attached.retain(|attachment| !attachment.is_lost());
+        for attachment in &self.attached {
             if attachment.wants_redraw()
                 && let Some(screen) = &mut self.screen
             {

@@ -44,7 +44,7 @@ pub mod limits {
     pub const STREAM_WINDOW: u32 = 1 << 20;
     /// Window of the connection, bytes: more than all streams can hold, so that stalled ones never stop the others.
     pub const CONNECTION_WINDOW: u32 = STREAMS * STREAM_WINDOW + STREAM_WINDOW;
-    /// Largest frame, bytes.
+    /// Largest frame from the agent to the gateway, bytes. The other way it is HTTP/2's default, 16 KiB.
     pub const FRAME: u32 = 64 * 1024;
     /// Headers of one request, bytes as HTTP/2 counts them.
     pub const HEADER_LIST: u32 = 256 * 1024;

@@ -9,7 +9,9 @@ use carrel_agent::{
 use http::{HeaderMap, Method, StatusCode};
 use tokio::{net::UnixStream, time::timeout};
 
-use crate::support::{Agent, DEADLINE, eventually, is_running, new_id, open, process_headers, read_all};
+use crate::support::{
+    Agent, DEADLINE, connect, eventually, is_running, new_id, open, process_headers, read_all,
+};
 
 #[tokio::test]
 async fn every_exit_code_is_told_exactly() {
@@ -147,7 +149,11 @@ async fn what_cannot_be_started_is_said_in_a_sentence() {
     assert_eq!(refused.sentence, "there is no /no/such/shell in this environment");
     let agent = Agent::start().await;
     let spec = ProcessSpec { env: vec![("A".into(), "x".repeat(130 * 1024))], ..ProcessSpec::default() };
-    let refused = agent.process(&spec, Some(b"true")).await.err().unwrap();
+    // The first request of a connection, too: before the agent's settings are known.
+    let path = format!("/v1/processes/{}", new_id());
+    let headers = process_headers(&spec, Some(b"true"));
+    let refused =
+        open(connect(&agent.direct_socket()).await, Method::POST, &path, headers).await.err().unwrap();
     assert_eq!(refused.status, StatusCode::PAYLOAD_TOO_LARGE);
     assert!(refused.sentence.contains("longer than this system takes"), "{}", refused.sentence);
     agent.assert_usable().await;

@@ -52,7 +52,10 @@ impl Agent {
             .spawn()
             .unwrap();
         let requests = connect(&directory.path().join("direct")).await;
-        Self { child, directory, requests }
+        let agent = Self { child, directory, requests };
+        // Once it answers, it listens everywhere.
+        assert!(agent.open(Method::GET, "/v1/health", HeaderMap::new()).await.is_ok());
+        agent
     }
 
     pub fn home(&self) -> &Path {
