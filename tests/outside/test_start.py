@@ -173,11 +173,38 @@ def test_a_host_key_that_is_no_key_or_open_to_others_is_refused(tmp_path: Path) 
     refused(serve(tmp_path / "data", "--ssh-host-key-file", str(bad)), re.escape(str(bad)), status=1)
 
 
+@as_root
 def test_without_bubblewrap_it_refuses_and_says_what_to_install(tmp_path: Path) -> None:
-    bare = tmp_path / "bin"
-    bare.mkdir()
-    done = serve(tmp_path / "data", env={"PATH": str(bare)})
+    # In a mount namespace of its own the program is hidden; nobody else sees that.
+    hide = 'for p in /usr/bin/bwrap /bin/bwrap /usr/local/bin/bwrap; do [ ! -e $p ] || mount --bind /dev/null $p; done; exec "$@"'
+    words = [str(BINARY), "serve", "--data-dir", str(tmp_path / "d"), "--http-listen", "127.0.0.1:0", "--ssh-listen", "127.0.0.1:0"]
+    done = subprocess.run(["unshare", "-m", "sh", "-c", hide, "sh", *words], capture_output=True, timeout=20, stdin=subprocess.DEVNULL)
     refused(done, "bubblewrap|bwrap", "apt|install", status=1)
+
+
+@as_root
+def test_without_user_namespaces_it_refuses_and_says_what_to_do() -> None:
+    # As an ordinary user in a user namespace that may have no further ones. Its identities are the machine's own.
+    with tempfile.TemporaryDirectory(prefix="carrel-bin-", dir="/tmp") as place:
+        Path(place).chmod(0o755)
+        binary = Path(place) / "carrel"
+        shutil.copy2(BINARY, binary)
+        binary.chmod(0o755)
+        drop = "exec setpriv --reuid=65534 --regid=65534 --clear-groups --ambient-caps=-all --inh-caps=-all --bounding-set=-all"
+        words = [str(binary), "serve", "--data-dir", str(Path(place) / "d"), "--http-listen", "127.0.0.1:0", "--ssh-listen", "127.0.0.1:0"]
+        Path(place, "d").mkdir()
+        shutil.chown(Path(place, "d"), "nobody", "nogroup")
+        script = f'read go; echo 0 > /proc/sys/user/max_user_namespaces && {drop} "$@"'
+        process = subprocess.Popen(
+            ["unshare", "-U", "--keep-caps", "sh", "-c", script, "sh", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        ours = os.readlink("/proc/self/ns/user")
+        wait_until("its namespace", lambda: os.readlink(f"/proc/{process.pid}/ns/user") != ours)
+        for kind in ("uid_map", "gid_map"):
+            Path(f"/proc/{process.pid}/{kind}").write_text("0 0 65536\n")
+        out, err = process.communicate(b"go\n", timeout=20)
+        done = subprocess.CompletedProcess(words, process.returncode, out, err)
+    refused(done, "namespace", status=1)
 
 
 def test_help_and_version_and_no_command() -> None:
