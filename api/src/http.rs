@@ -245,17 +245,43 @@ async fn guard(State(state): State<ApiState>, request: Request, next: Next) -> R
     let response = if watched && place.is_err() {
         ApiError::Overloaded.into_response()
     } else {
-        let answer = AssertUnwindSafe(next.run(request)).catch_unwind();
-        match tokio::time::timeout(ANSWER_WITHIN, answer).await {
-            Ok(Ok(response)) => response,
-            Ok(Err(_)) => {
-                tracing::error!(%method, path, "a request's handler panicked");
-                ApiError::Internal.into_response()
-            }
-            Err(_) => ApiError::DATABASE.into_response(),
-        }
+        answered(next.run(request)).await
     };
     tracing::debug!(%method, path, status = response.status().as_u16(), "request");
     state.auth().metrics().request(response.status().as_u16());
     response
+}
+
+/// The answer, or why there is none.
+async fn answered(answer: impl Future<Output = Response>) -> Response {
+    match tokio::time::timeout(ANSWER_WITHIN, AssertUnwindSafe(answer).catch_unwind()).await {
+        Ok(Ok(response)) => response,
+        Ok(Err(_)) => {
+            tracing::error!("a request's handler panicked");
+            ApiError::Internal.into_response()
+        }
+        Err(_) => {
+            tracing::warn!("a request was not answered in time");
+            ApiError::DATABASE.into_response()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::panic)]
+    use super::*;
+
+    #[tokio::test]
+    async fn a_handler_that_panics_is_an_internal_error() {
+        let response = answered(async { panic!("on purpose") }).await;
+        assert_eq!(response.status(), 500);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_handler_that_never_answers_is_a_backend_that_is_away() {
+        let response = answered(std::future::pending()).await;
+        assert_eq!(response.status(), 503);
+        assert!(response.headers().contains_key(header::RETRY_AFTER));
+    }
 }
