@@ -3,7 +3,7 @@ use std::{io::Write, sync::Arc, time::Duration};
 
 use carrel_api::{
     access::{JwtOptions, LoginError},
-    environment::EnvironmentError,
+    environment::{EnvironmentError, kubernetes::KubernetesOptions},
     exam::Exam,
     http::{CreateError, start},
     identity::UserId,
@@ -19,7 +19,8 @@ use crate::{
 };
 
 /// The demo's exam.
-const EXAM: &str = "id: demo\ntitle: A look around\nduration_minutes: 120\nenvironment:\n  allow_port_forward: true\n";
+const EXAM: &str =
+    "id: demo\ntitle: A look around\nduration_minutes: 120\nenvironment:\n  allow_port_forward: true\n";
 /// Provisioning ends within 60 s, one way or the other.
 const READY_WITHIN: Duration = Duration::from_secs(75);
 
@@ -67,7 +68,7 @@ pub async fn run(options: &Demo) -> Result<(), DemoError> {
         public_ssh: None,
         environment: EnvironmentKind::Local,
         exams: None,
-        kubernetes_namespace: String::new(),
+        kubernetes: KubernetesOptions::default(),
         ssh_host_key_file: None,
         secret_key_file: None,
         local_share: Vec::new(),

@@ -1,6 +1,7 @@
 //! The command line of `carrel`. Every option is a flag and a `CARREL_*` variable.
 use std::{net::SocketAddr, path::PathBuf, str::FromStr};
 
+use carrel_api::environment::kubernetes::KubernetesOptions;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::ssh::throttle::Cidr;
@@ -102,9 +103,9 @@ pub struct Serve {
     /// Exam files (*.yaml), read at start
     #[arg(long, env = "CARREL_EXAMS", value_name = "DIR")]
     pub exams: Option<PathBuf>,
-    /// Namespace of the sessions' pods
-    #[arg(long, env = "CARREL_KUBERNETES_NAMESPACE", default_value = "carrel-sessions")]
-    pub kubernetes_namespace: String,
+    /// The cluster, for `--environment kubernetes`.
+    #[command(flatten)]
+    pub kubernetes: KubernetesOptions,
     /// The SSH host key. Default: made in the data directory; replicas share one from a Secret
     #[arg(long, env = "CARREL_SSH_HOST_KEY_FILE", value_name = "FILE")]
     pub ssh_host_key_file: Option<PathBuf>,

@@ -12,6 +12,7 @@ use carrel_api::{
     credential::{KeyError, ServerKey},
     environment::{
         Environment, EnvironmentError,
+        kubernetes::KubernetesEnvironment,
         link::Links,
         local::{Agent, LocalEnvironment, LocalOptions},
     },
@@ -213,10 +214,8 @@ async fn listen(address: SocketAddr, flag: &'static str) -> Result<TcpListener, 
 }
 
 async fn environment(options: &Serve, data_dir: &Path) -> Result<Arc<dyn Environment>, StartError> {
-    if AGENT.is_empty() {
-        return Err(StartError::NoAgent);
-    }
     match options.environment {
+        EnvironmentKind::Local if AGENT.is_empty() => Err(StartError::NoAgent),
         EnvironmentKind::Local => {
             let local = LocalOptions {
                 data_dir: data_dir.to_owned(),
@@ -226,6 +225,6 @@ async fn environment(options: &Serve, data_dir: &Path) -> Result<Arc<dyn Environ
             let made = LocalEnvironment::new(local);
             Ok(Arc::new(made.map_err(|error| StartError::DataDir(data_dir.to_owned(), error))?))
         }
-        EnvironmentKind::Kubernetes => Err(StartError::Environment(EnvironmentError::NotFound)),
+        EnvironmentKind::Kubernetes => Ok(KubernetesEnvironment::connect(options.kubernetes.clone()).await?),
     }
 }

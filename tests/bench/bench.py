@@ -259,6 +259,8 @@ def measure(servers, quick):
 
     for server in servers:
         true_ms(server)
+    # First: memory that bulk transfers have freed would be used again.
+    interleaved("memory per idle connection, kB", 1, lambda server: idle_kilobytes(server, 10 if quick else 30))
     interleaved("ssh true, ms", rounds, true_ms)
     interleaved("connections/s, 8 at a time", 3, lambda server: connections_a_second(server, 24 if quick else 96))
     with contextlib.ExitStack() as stack:
@@ -274,7 +276,6 @@ def measure(servers, quick):
     interleaved("down, MB/s", 1 if quick else 3, lambda server: down(server, size))
     interleaved("up, MB/s", 1 if quick else 3, lambda server: up(server, size))
     interleaved("two-way bulk, slow reader: peak over idle, MiB", 1, lambda server: two_way_peak(server, size // 4))
-    interleaved("memory per idle connection, kB", 1, lambda server: idle_kilobytes(server, 10 if quick else 30))
     return figures
 
 

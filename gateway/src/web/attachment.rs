@@ -365,9 +365,14 @@ async fn open(
         let _ = timeout(SIZE_WITHIN, sizes.wait_for(Option::is_some)).await;
     }
     let watching = visit.access.only_watches();
+    // Browsers speak UTF-8: a shell without a locale would take the bytes of a character for several. The exam has the last word.
+    let exam = &visit.exam.environment.env;
+    let named = ["LANG", "LC_ALL", "LC_CTYPE"].iter().any(|name| exam.contains_key(*name));
+    let env = if named { Vec::new() } else { vec![("LANG".to_owned(), "C.UTF-8".to_owned())] };
     loop {
         let (cols, rows) = sizes.borrow_and_update().unwrap_or(SIZE);
         let spec = ProcessSpec {
+            env: env.clone(),
             pty: Some(Pty { term: "xterm-256color".to_owned(), cols, rows, modes: Vec::new() }),
             keep_seconds: Some(u64::from(visit.exam.reconnect_window_seconds)),
             join: if watching { Join::Watch } else { Join::Browser },
