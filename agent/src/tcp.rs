@@ -23,11 +23,19 @@ pub async fn connect(authority: &str, exchange: Exchange) {
     };
     let Some((input, mut output)) = exchange.open(Response::new(())) else { return };
     let (read, write) = stream.into_split();
-    let (sent, received) = tokio::join!(send(input, write), receive(&read, &mut output));
-    if sent.is_ok() && received.is_ok() {
+    let sending = async {
+        // A target that takes no more may still send.
+        let _ = send(input, write).await;
+        Ok(())
+    };
+    let receiving = async {
+        receive(&read, &mut output).await?;
+        // Told at once: the client may wait for it before it ends its own direction.
         output.finish();
-    }
-    // Else dropping it resets.
+        Ok::<(), Closed>(())
+    };
+    // What was not finished is reset when dropped.
+    let _ = tokio::try_join!(sending, receiving);
 }
 
 async fn open(authority: &str) -> Result<TcpStream, Refusal> {

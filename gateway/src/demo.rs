@@ -1,5 +1,5 @@
 //! `carrel demo`: a complete server in a fresh directory, with one exam and one session, gone when it ends.
-use std::{io::Write, sync::Arc, time::Duration};
+use std::{fs::Permissions, io::Write, os::unix::fs::PermissionsExt, sync::Arc, time::Duration};
 
 use carrel_api::{
     access::{JwtOptions, LoginError},
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::{
     keys::{self, KeysError},
     options::{Database, Demo, EnvironmentKind, Serve},
-    serve::{Server, StartError, told_to_end},
+    serve::{EndSignals, Server, StartError},
 };
 
 /// The demo's exam.
@@ -53,9 +53,18 @@ pub enum DemoError {
     Io(#[from] std::io::Error),
 }
 
+enum Shown {
+    Ready,
+    Interrupted,
+}
+
 /// Runs it until it is told to end; then nothing of it is left.
 pub async fn run(options: &Demo) -> Result<(), DemoError> {
-    let folder = tempfile::Builder::new().prefix("carrel-demo-").tempdir()?;
+    let mut told_to_end = EndSignals::new()?;
+    let folder = tempfile::Builder::new()
+        .prefix("carrel-demo-")
+        .permissions(Permissions::from_mode(0o700))
+        .tempdir()?;
     let server = Server::start(&Serve {
         database: Database {
             database_url: None,
@@ -80,18 +89,17 @@ pub async fn run(options: &Demo) -> Result<(), DemoError> {
     .await?;
     let shown = tokio::select! {
         shown = show(&server, options.json) => shown,
-        told = told_to_end() => told.map_err(DemoError::Io),
+        () = told_to_end.wait() => Ok(Shown::Interrupted),
     };
-    let waited = match shown {
-        Ok(()) => told_to_end().await.map_err(DemoError::Io),
-        Err(error) => Err(error),
-    };
+    if let Ok(Shown::Ready) = shown {
+        told_to_end.wait().await;
+    }
     end(server).await?;
     folder.close()?;
-    waited
+    shown.map(|_| ())
 }
 
-async fn show(server: &Server, as_json: bool) -> Result<(), DemoError> {
+async fn show(server: &Server, as_json: bool) -> Result<Shown, DemoError> {
     let exam = Exam::from_yaml(EXAM).map_err(StartError::Exam)?;
     server.store.put_exam(&exam).await?;
     let scopes = ["platform", "operator"].map(str::to_owned);
@@ -121,7 +129,8 @@ async fn show(server: &Server, as_json: bool) -> Result<(), DemoError> {
     };
     let mut stdout = std::io::stdout();
     writeln!(stdout, "{text}")?;
-    Ok(stdout.flush()?)
+    stdout.flush()?;
+    Ok(Shown::Ready)
 }
 
 fn for_people(ssh: &Value, browser_url: &str, url: &str, key: &str) -> String {

@@ -1,11 +1,12 @@
 //! The loop that accepts HTTP connections. It sets what `axum::serve` does not: a limit on connections, a deadline
-//! for headers, and an orderly end.
+//! for headers, and an orderly end. HTTP/1.1 only: telling the versions apart by their first bytes has no deadline, and
+//! what terminates TLS in front of it speaks HTTP/2 to browsers.
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{Router, extract::ConnectInfo};
+use hyper::server::conn::http1::Builder;
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::conn::auto::Builder,
+    rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
 use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
@@ -13,7 +14,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// Connections at once; more wait in the kernel's queue.
 const CONNECTIONS: usize = 16_384;
-/// From the first byte of a request to the end of its headers.
+/// From a connection's start, or the end of a request, to the end of the next request's headers.
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
 /// Header bytes of a request.
 const HEADER_BYTES: usize = 64 << 10;
@@ -24,20 +25,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves `router` on `listener` until `shutdown`.
 pub async fn serve(listener: TcpListener, router: Router, shutdown: CancellationToken) {
-    let mut builder = Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_DEADLINE)
-        .max_buf_size(HEADER_BYTES)
-        .keep_alive(true);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .max_header_list_size(u32::try_from(HEADER_BYTES).unwrap_or(u32::MAX))
-        .max_concurrent_streams(128)
-        .keep_alive_interval(Duration::from_secs(30))
-        .keep_alive_timeout(Duration::from_secs(20));
+    let mut builder = Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEADER_DEADLINE).max_buf_size(HEADER_BYTES);
     let builder = Arc::new(builder);
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let connections = TaskTracker::new();
@@ -68,7 +57,7 @@ pub async fn serve(listener: TcpListener, router: Router, shutdown: Cancellation
 }
 
 async fn connection(
-    builder: Arc<Builder<TokioExecutor>>,
+    builder: Arc<Builder>,
     (stream, _place): (tokio::net::TcpStream, tokio::sync::OwnedSemaphorePermit),
     peer: SocketAddr,
     router: Router,
@@ -79,7 +68,7 @@ async fn connection(
         tracing::debug!(%error, "TCP_NODELAY could not be set");
     }
     let service = TowerToHyperService::new(router.layer(axum::Extension(ConnectInfo(peer))));
-    let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+    let connection = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();
     tokio::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
@@ -89,6 +78,6 @@ async fn connection(
         }
     };
     if let Err(error) = ended {
-        tracing::debug!(error, "an HTTP connection ended early");
+        tracing::debug!(%error, "an HTTP connection ended early");
     }
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use carrel_gateway::{
     demo, keys,
     options::{Cli, Command, LogFormat},
-    serve::{Server, told_to_end},
+    serve::{EndSignals, Server},
 };
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
@@ -26,8 +26,9 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Serve(options) => {
             log(options.log_format, "info");
+            let mut told_to_end = EndSignals::new()?;
             let server = Server::start(&options).await?;
-            told_to_end().await?;
+            told_to_end.wait().await;
             server.stop().await;
             Ok(())
         }

@@ -119,6 +119,8 @@ pub async fn session(
     started: oneshot::Receiver<Start>,
     entry: Entry,
 ) {
+    // The channel's place on its connection is free again: russh does not tell of a close that answers ours.
+    let _free = inputs.gone.clone().drop_guard();
     let start = tokio::select! {
         start = started => match start { Ok(start) => start, Err(_) => return },
         () = inputs.gone.cancelled() => return,
@@ -156,7 +158,8 @@ async fn run(
     let Process { stdin, stdout, stderr, control, .. } = process;
     let exit = tokio::select! {
         exit = output(outlet, stdout, stderr) => exit,
-        never = input(inbox, stdin) => match never {},
+        // A process that reads no more, or has read all, is not an end.
+        never = async { let _stdin = input(inbox, stdin).await; std::future::pending().await } => never,
         never = requests(&control, sizes, signals) => match never {},
     };
     match exit {
@@ -244,18 +247,17 @@ async fn output(outlet: &Outlet, mut stdout: Inbound, mut stderr: Option<Inbound
     Ok(link::exit(&mut stdout).await)
 }
 
-/// The client's bytes to stdin, then its end. Never resolves: a process that reads no more is not an end.
-async fn input(inbox: &Inbox, mut stdin: Outbound) -> std::convert::Infallible {
+/// The client's bytes to a stream, then its end. The stream comes back: dropping an unfinished one resets it.
+async fn input(inbox: &Inbox, mut stream: Outbound) -> Outbound {
     while let Some(chunk) = inbox.read().await {
-        if stdin.write(chunk).await.is_err() {
+        if stream.write(chunk).await.is_err() {
             // Nobody reads: what else comes is dropped, and the window stays open.
             inbox.close();
-            return std::future::pending().await;
+            return stream;
         }
     }
-    stdin.finish();
-    // Dropped with the process, not before: an unfinished stream is reset.
-    std::future::pending().await
+    stream.finish();
+    stream
 }
 
 /// Resizes and signals to the process. Never resolves.
@@ -291,6 +293,7 @@ pub async fn tcp(
     port: u16,
     reply: ChannelOpenHandle,
 ) {
+    let _free = inputs.gone.clone().drop_guard();
     let connected = async {
         visit.ready(|_| ()).await?;
         visit.tcp(port).await
@@ -300,8 +303,6 @@ pub async fn tcp(
             Ok(streams) => streams,
             Err(refusal) => {
                 tracing::info!(%refusal, port, "a forwarded connection was refused");
-                // The channel never was: its place is free again.
-                inputs.gone.cancel();
                 return reply.reject(ChannelOpenFailure::ConnectFailed).await;
             }
         },
@@ -315,10 +316,10 @@ pub async fn tcp(
         }
         outlet.unless_gone(outlet.write.eof()).await
     };
-    let up = input(&inputs.inbox, to);
+    // Each direction has its own end.
+    let both = async { tokio::join!(down, input(&inputs.inbox, to)) };
     tokio::select! {
-        _ = down => {}
-        never = up => match never {},
+        _ = both => {}
         _ = visit.over() => {}
         () = inputs.shutdown.cancelled() => {}
         () = inputs.gone.cancelled() => return,
