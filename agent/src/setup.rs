@@ -87,11 +87,9 @@ fn start(agent: &Arc<Agent>, script: &[u8]) -> Result<Outcome, Refusal> {
     let (sender, receiver) = watch::channel(None);
     tokio::spawn(async move {
         let mut tail = VecDeque::new();
-        let exit = loop {
-            tokio::select! {
-                exit = ending.wait() => break exit,
-                () = keep(&output, &mut tail) => break ending.wait().await,
-            }
+        let exit = tokio::select! {
+            exit = ending.wait() => exit,
+            () = keep(&output, &mut tail) => ending.wait().await,
         };
         // What it had written is in the pipe by now. A service that it started may hold the pipe and go on writing.
         while let Ok(bytes) = read_some(|buffer| output.try_read(buffer)) {

@@ -34,6 +34,10 @@ const PENDING: usize = 64 * 1024;
 /// Orders and pieces of input that wait for the terminal's task: beyond it, whoever sends waits.
 const QUEUE: usize = 16;
 
+/// What is still read after the process's end, bytes: more than the kernel holds for a terminal. Who writes on and on in the
+/// background is not waited for.
+const LAST: usize = 1 << 20;
+
 /// What a terminal is asked to do.
 pub enum Order {
     /// Take a client.
@@ -209,6 +213,7 @@ impl Terminal {
     /// Everything, until the process has ended and all that it wrote was passed on.
     async fn follow(&mut self) -> Exit {
         let mut exit = None;
+        let mut last: usize = 0;
         loop {
             let may_read = self.may_read();
             if let Some(exit) = exit
@@ -216,7 +221,8 @@ impl Terminal {
             {
                 // Others may hold the terminal open: what is there now is the end.
                 match self.master.drain() {
-                    Ok(bytes) if !bytes.is_empty() => {
+                    Ok(bytes) if !bytes.is_empty() && last < LAST => {
+                        last = last.saturating_add(bytes.len());
                         self.deliver(&bytes);
                         // Let those who send take some.
                         tokio::task::yield_now().await;

@@ -12,6 +12,9 @@
 //!
 //! `{id}` is chosen by the client: 1 to 64 characters of `[A-Za-z0-9-]`, never used before on this agent. A stream that is reset
 //! by the client means that the client is gone: its process group gets HUP, after 5 s KILL; a kept terminal is detached instead.
+//! The answer to a process on pipes ends when nobody holds its stdout or stderr any more, as with sshd; that to a terminal as soon as
+//! its process has ended and everything written was passed on. A stderr that nobody asks for is not read: the process waits once it
+//! has written what a pipe holds (64 KiB). END_STREAM at a terminal types its end-of-file character, unless others are attached.
 //! Errors are a 4xx or 5xx status with [`ERROR`], a sentence.
 use serde::{Deserialize, Serialize};
 

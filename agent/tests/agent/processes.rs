@@ -323,3 +323,16 @@ async fn a_stalled_reader_holds_its_process_back_and_nothing_is_lost() {
     assert_eq!(outcome.stdout.len(), 20_000_004);
     assert_eq!(outcome.code(), 0);
 }
+
+#[tokio::test]
+async fn file_transfer_is_a_process_like_any_other() {
+    let agent = Agent::start().await;
+    let spec = ProcessSpec { sftp: true, ..ProcessSpec::default() };
+    let mut stream = agent.process(&spec, None).await.unwrap();
+    // SSH_FXP_INIT, version 3; the answer is SSH_FXP_VERSION, version 3.
+    stream.output.write(Bytes::from_static(&[0, 0, 0, 5, 1, 0, 0, 0, 3])).await.unwrap();
+    let answer = timeout(DEADLINE, stream.input.read()).await.unwrap().unwrap().unwrap();
+    assert_eq!(answer.get(4..9), Some([2, 0, 0, 0, 3].as_slice()));
+    stream.output.finish();
+    assert_eq!(stream.end().await.code(), 0);
+}

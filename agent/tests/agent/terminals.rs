@@ -59,6 +59,17 @@ async fn a_command_at_a_terminal_ends_with_all_of_its_output() {
 }
 
 #[tokio::test]
+async fn who_writes_on_in_the_background_does_not_hold_the_end_up() {
+    let agent = Agent::start().await;
+    let spec = ProcessSpec {
+        pty: Some(Pty { term: "vt100".into(), cols: 80, rows: 24, modes: Vec::new() }),
+        ..ProcessSpec::default()
+    };
+    let mut stream = agent.process(&spec, Some(b"set -m; yes & sleep 0.1; exit 8")).await.unwrap();
+    assert_eq!(stream.end().await.code(), 8);
+}
+
+#[tokio::test]
 async fn a_client_alone_that_does_not_read_holds_its_process_back_and_loses_nothing() {
     let agent = Agent::start().await;
     let spec = ProcessSpec {
