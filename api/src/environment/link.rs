@@ -4,6 +4,8 @@
 //! agent is hostile input: the tenant can replace it. This module knows processes and their streams, not who uses them.
 mod connection;
 mod exit;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::HashMap,
@@ -33,14 +35,25 @@ pub use exit::{Exit, exit};
 use super::{Environment, EnvironmentError};
 use crate::identity::EnvironmentId;
 
-/// How long opening a connection may take, from the backend's byte stream to the end of the handshake.
-const CONNECT: Duration = Duration::from_secs(10);
-/// A ping this often, and so long for its answer: load balancers cut silent streams after 60 s.
-const PING: Duration = Duration::from_secs(15);
-/// A connection without streams is dropped after this.
-const IDLE: Duration = Duration::from_secs(60);
-/// How often is looked for idleness.
-const LOOK: Duration = Duration::from_secs(5);
+/// The time limits of connections.
+#[derive(Debug, Clone, Copy)]
+struct Times {
+    /// Opening one, from the backend's byte stream to the end of the handshake.
+    connect: Duration,
+    /// A ping this often, and so long for its answer: load balancers cut silent streams after 60 s.
+    ping: Duration,
+    /// One without streams is dropped after this.
+    idle: Duration,
+    /// How often is looked for idleness.
+    look: Duration,
+}
+
+const TIMES: Times = Times {
+    connect: Duration::from_secs(10),
+    ping: Duration::from_secs(15),
+    idle: Duration::from_secs(60),
+    look: Duration::from_secs(5),
+};
 
 /// Why the agent of an environment did not do as asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -73,6 +86,7 @@ struct Slots {
 /// All connections of this process, at most one for each environment.
 pub struct Links {
     environment: Arc<dyn Environment>,
+    times: Times,
     slots: Mutex<Slots>,
     tasks: TaskTracker,
     end: CancellationToken,
@@ -83,9 +97,14 @@ impl Links {
     /// None are open yet. Dropping it closes all. Needs a Tokio runtime from the first [`Links::get`] on.
     #[must_use]
     pub fn new(environment: Arc<dyn Environment>) -> Arc<Self> {
+        Self::with(environment, TIMES)
+    }
+
+    fn with(environment: Arc<dyn Environment>, times: Times) -> Arc<Self> {
         let end = CancellationToken::new();
         Arc::new(Self {
             environment,
+            times,
             slots: Mutex::default(),
             tasks: TaskTracker::new(),
             _end_on_drop: end.clone().drop_guard(),
@@ -134,7 +153,7 @@ impl Links {
         let generation = slots.generation;
         let end = self.end.child_token();
         let (opened, answer) = oneshot::channel();
-        let task = Task { links: Arc::downgrade(self), id, generation, end: end.clone() };
+        let task = Task { links: Arc::downgrade(self), id, generation, end: end.clone(), times: self.times };
         let span = tracing::info_span!("link", environment_id = %id);
         self.tasks.spawn(task.run(Arc::clone(&self.environment), opened).instrument(span));
         let link = async { answer.await.unwrap_or_else(|_| Err(closed())) }.boxed().shared();
@@ -157,6 +176,7 @@ struct Task {
     id: EnvironmentId,
     generation: u64,
     end: CancellationToken,
+    times: Times,
 }
 
 impl Task {
@@ -172,8 +192,8 @@ impl Task {
         let connected = tokio::select! {
             biased;
             () = self.end.cancelled() => Err(closed()),
-            result = timeout(CONNECT, connecting) => {
-                result.unwrap_or_else(|_| Err(LinkError::Unreachable("no answer within 10 s".into())))
+            result = timeout(self.times.connect, connecting) => {
+                result.unwrap_or_else(|_| Err(LinkError::Unreachable("no answer in time".into())))
             }
         };
         // Not held while the connection lives: the backend may be dropped first.
@@ -200,7 +220,7 @@ impl Task {
                     Ok(()) => "the agent ended it".to_owned(),
                     Err(error) => error.to_string(),
                 },
-                why = ping(pings) => why,
+                why = ping(pings, self.times.ping) => why,
                 () = self.idle(&watched) => "it was without use".to_owned(),
             }
         };
@@ -210,9 +230,9 @@ impl Task {
         self.forget();
     }
 
-    /// Returns once nobody has used the link for [`IDLE`]; it is then out of the map, so that nobody gets it any more.
+    /// Returns once nobody has used the link for its idle time; it is then out of the map, so that nobody gets it any more.
     async fn idle(&self, link: &Link) {
-        let mut ticks = interval_at(Instant::now() + LOOK, LOOK);
+        let mut ticks = interval_at(Instant::now() + self.times.look, self.times.look);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
@@ -223,7 +243,7 @@ impl Task {
             let Some(links) = self.links.upgrade() else { return };
             // Under the lock under which a link is handed out and touched.
             let mut slots = links.slots();
-            if link.used().elapsed() >= IDLE {
+            if link.used().elapsed() >= self.times.idle {
                 self.forget_in(&mut slots);
                 return;
             }
@@ -244,14 +264,14 @@ impl Task {
 }
 
 /// Returns when the agent has not answered a ping in time, or the connection is gone.
-async fn ping(pings: Option<PingPong>) -> String {
+async fn ping(pings: Option<PingPong>, limit: Duration) -> String {
     let Some(mut pings) = pings else { return "no pings".to_owned() };
     loop {
-        tokio::time::sleep(PING).await;
-        match timeout(PING, pings.ping(Ping::opaque())).await {
+        tokio::time::sleep(limit).await;
+        match timeout(limit, pings.ping(Ping::opaque())).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => return error.to_string(),
-            Err(_) => return "no answer for 15 s".to_owned(),
+            Err(_) => return "it does not answer".to_owned(),
         }
     }
 }
