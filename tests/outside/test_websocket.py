@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import re
+import socket
 import struct
 import time
 import uuid
@@ -255,6 +257,31 @@ def test_the_thirty_third_connection_is_refused(fresh: Session) -> None:
         client.until("status")
 
 
+def test_a_platforms_key_lets_in_and_a_proctor_may_only_look(fresh: Session) -> None:
+    header = {"Authorization": f"Bearer {fresh.server.key}"}
+    proctor = {"Authorization": f"Bearer {fresh.server.create_key('proctor')}"}
+    with dial(fresh, "carrel.v1", additional_headers=proctor) as socket:
+        early = BinaryClient(socket)
+        early.until(STATUS)
+        assert ATTACHED not in early.json, "a terminal that only a proctor has opened"
+        assert fresh.get()["lifecycle_state"] == "ready"
+        with dial(fresh, "carrel.v1", additional_headers=header) as socket:
+            client = BinaryClient(socket, cols=90, rows=20)
+            client.until(ATTACHED)
+            assert early.until(ATTACHED) == {"resumed": True, "watching": True}
+            early.type(b"echo from-the-proctor\r")
+            early.resize(40, 10)
+            client.type(b"echo seen-$((40+2)); stty size\r")
+            early.expect(rb"seen-42\r\n20 90")
+            client.expect(rb"seen-42\r\n20 90")
+            assert b"proctor" not in client.output + early.output
+    grader = {"Authorization": f"Bearer {fresh.server.create_key('grader')}"}
+    with dial(fresh, additional_headers=grader) as socket:
+        assert close_of(socket)[0] == 4003
+    with dial(fresh, path=f"/v1/sessions/{uuid.uuid4()}/terminal", additional_headers=header) as socket:
+        assert close_of(socket)[0] == 4003
+
+
 # --- JSON --------------------------------------------------------------------------------------------------------
 
 
@@ -458,6 +485,53 @@ def test_a_client_that_never_acknowledges_is_too_slow(fresh: Session) -> None:
         started = time.monotonic()
         assert close_of(client.socket, within=100)[0] == 4008
         assert 55 < time.monotonic() - started < 80
+
+
+@contextmanager
+def raw(session: Session) -> Iterator[socket.socket]:
+    """A JSON client's connection after its handshake, without a library that answers pings."""
+    port = session.server.http_port
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(
+            f"GET /v1/sessions/{session.id}/terminal HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: Upgrade\r\n"
+            f"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {base64.b64encode(os.urandom(16)).decode()}\r\n"
+            f"Sec-WebSocket-Protocol: carrel.ticket.{session.ticket()}\r\n\r\n".encode()
+        )
+        assert connection.recv(65536).startswith(b"HTTP/1.1 101 ")
+        yield connection
+
+
+def drain(connection: socket.socket, within: float) -> float:
+    """Reads to the end; returns how long that took."""
+    started = time.monotonic()
+    while True:
+        connection.settimeout(max(0.01, started + within - time.monotonic()))
+        try:
+            if not connection.recv(1 << 20):
+                return time.monotonic() - started
+        except ConnectionResetError:
+            return time.monotonic() - started
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+def test_a_client_without_a_sign_of_life_is_dropped(fresh: Session) -> None:
+    with raw(fresh) as connection:
+        assert 40 < drain(connection, within=90) < 80
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+def test_a_client_that_reads_nothing_is_dropped_and_costs_little(fresh: Session) -> None:
+    before = rss_kib(fresh.server.pid)
+    with raw(fresh) as connection:
+        text = b'{"type":"input","data":"yes\\r"}'
+        mask = os.urandom(4)
+        connection.sendall(bytes([0x81, 0x80 | len(text)]) + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(text)))
+        # Not a byte is read until the server must have given up.
+        time.sleep(72)
+        assert rss_kib(fresh.server.pid) - before < 20_000
+        drain(connection, within=20)
 
 
 def test_input_is_taken_while_output_stands(fresh: Session) -> None:
