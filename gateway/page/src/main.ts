@@ -100,7 +100,7 @@ function attach(now: Attached): void {
   attached = now;
   exit = undefined;
   queue = new InputQueue((bytes) => connection.send(input(bytes)));
-  draw = screen.begin(now.resumed ? now.redraw_bytes : 0, (bytes) => connection.send(ack(bytes)));
+  draw = screen.begin(now.resumed, (bytes) => connection.send(ack(bytes)));
   view.notice(undefined);
   view.badge(now.watching ? "watching" : "connected");
   view.uncover();

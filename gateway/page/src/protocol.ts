@@ -46,12 +46,10 @@ export interface Termination {
 }
 
 export interface Attached {
-  /** An existing terminal was joined: its screen follows. */
+  /** An existing terminal was joined: its screen follows, in the first piece of output. */
   resumed: boolean;
   /** A member of staff looks on: what is typed is dropped. */
   watching: boolean;
-  /** How many of the first output bytes draw the old screen; absent when the server cannot tell. */
-  redraw_bytes?: number;
 }
 
 export interface Exit {

@@ -126,31 +126,25 @@ export class Screen {
   }
 
   /**
-   * A new connection's output begins: everything on the screen goes, and the first `redraw` bytes draw the old one (undefined: the
-   * first piece does). The returned function takes output; `acknowledge` is called with byte counts once they are drawn.
+   * A new connection's output begins: everything on the screen goes, and the first piece draws the old one if it was `resumed`. The
+   * returned function takes output; `acknowledge` is called with byte counts once they are drawn.
    */
-  begin(redraw: number | undefined, acknowledge: (bytes: number) => void): (bytes: Uint8Array) => void {
-    let left = redraw;
+  begin(resumed: boolean, acknowledge: (bytes: number) => void): (bytes: Uint8Array) => void {
+    let first = true;
     let drawn = 0;
     this.#terminal.write(FULL_RESET, () => {
-      this.#replaying = redraw !== 0;
+      this.#replaying = resumed;
     });
-    const write = (bytes: Uint8Array, last: boolean) =>
+    return (bytes) => {
+      const redraw = first;
+      first = false;
       this.#terminal.write(bytes, () => {
-        if (last) this.#replaying = false;
+        if (redraw) this.#replaying = false;
         drawn += bytes.length;
         if (drawn < ACK_STEP) return;
         acknowledge(drawn);
         drawn = 0;
       });
-    return (bytes) => {
-      left ??= bytes.length;
-      const replay = bytes.subarray(0, left);
-      if (replay.length > 0) {
-        left -= replay.length;
-        write(replay, left === 0);
-      }
-      if (bytes.length > replay.length) write(bytes.subarray(replay.length), false);
     };
   }
 
