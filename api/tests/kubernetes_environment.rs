@@ -25,7 +25,10 @@ use carrel_api::{
 };
 use conformance::{Backend, Room, create_request, seen};
 use pods::{LIMIT, MuteRegistry, Pods, Weather, skip};
-use tokio::time::{Instant, timeout};
+use tokio::{
+    io::AsyncReadExt,
+    time::{Instant, timeout},
+};
 
 on_backend! { Pods::open();
     creating_twice_is_one_environment,
@@ -46,8 +49,11 @@ on_backend! { Pods::open();
 async fn observed(backend: &Pods, limit: Duration, wanted: impl Fn(&Observation) -> bool) -> Duration {
     let begun = Instant::now();
     let mut observation = backend.environment().observe();
-    let result = timeout(limit, observation.wait_for(|now| wanted(now))).await.map(|seen| drop(seen.unwrap()));
-    result.unwrap_or_else(|_| panic!("not seen after {limit:?}: {:?}", backend.environment().observe().borrow()));
+    let result =
+        timeout(limit, observation.wait_for(|now| wanted(now))).await.map(|seen| drop(seen.unwrap()));
+    result.unwrap_or_else(|_| {
+        panic!("not seen after {limit:?}: {:?}", backend.environment().observe().borrow())
+    });
     begun.elapsed()
 }
 
@@ -76,12 +82,17 @@ async fn the_role_is_enough_and_less_is_said_at_start() {
     backend.kubernetes().check().await.unwrap();
     backend.reopen(|options| options.namespace = "carrel-no-such-namespace".into()).await;
     let said = backend.kubernetes().check().await.unwrap_err().to_string();
-    assert!(said.contains("kubectl --namespace carrel-no-such-namespace apply -f charts/rbac.yaml"), "{said}");
+    assert!(
+        said.contains("kubectl --namespace carrel-no-such-namespace apply -f charts/rbac.yaml"),
+        "{said}"
+    );
     backend.reopen(|options| options.agent_image = None).await;
     let said = backend.kubernetes().check().await.unwrap_err().to_string();
     assert!(said.contains("--kubernetes-agent-image"), "{said}");
 
-    let less = std::fs::read_to_string("../charts/rbac.yaml").unwrap().replace("[create, get, list, watch, delete]", "[create, get, list, delete]");
+    let less = std::fs::read_to_string("../charts/rbac.yaml")
+        .unwrap()
+        .replace("[create, get, list, watch, delete]", "[create, get, list, delete]");
     let backend = Pods::with(&less).await.unwrap();
     let said = backend.kubernetes().check().await.unwrap_err().to_string();
     assert!(said.contains(": watch pods;"), "{said}");
@@ -90,12 +101,13 @@ async fn the_role_is_enough_and_less_is_said_at_start() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_namespace_that_does_not_take_our_pods_is_said_at_start() {
     let Some(backend) = Pods::open().await else { return };
-    backend.apply(&format!(
-        r#"{{"apiVersion":"v1","kind":"LimitRange","metadata":{{"name":"small","namespace":"{}"}},
+    backend
+        .apply(&format!(
+            r#"{{"apiVersion":"v1","kind":"LimitRange","metadata":{{"name":"small","namespace":"{}"}},
             "spec":{{"limits":[{{"type":"Container","max":{{"memory":"17Mi"}}}}]}}}}"#,
-        backend.namespace
-    ))
-    .await;
+            backend.namespace
+        ))
+        .await;
     let said = backend.kubernetes().check().await.unwrap_err().to_string();
     assert!(said.contains("does not take our pods") && said.contains("kubectl describe namespace"), "{said}");
 }
@@ -108,7 +120,11 @@ async fn the_steps_of_a_start_are_shown_and_ready_comes_before_the_api_says_so()
     let watching = tokio::spawn(async move {
         let mut phases: Vec<Phase> = Vec::new();
         loop {
-            let phase = observation.borrow_and_update().environments.get(&request.environment_id).map(|one| one.phase.clone());
+            let phase = observation
+                .borrow_and_update()
+                .environments
+                .get(&request.environment_id)
+                .map(|one| one.phase.clone());
             if let Some(phase) = phase
                 && phases.last() != Some(&phase)
             {
@@ -120,7 +136,8 @@ async fn the_steps_of_a_start_are_shown_and_ready_comes_before_the_api_says_so()
             observation.changed().await.unwrap();
         }
     });
-    let request = Create { environment_id: request.environment_id, ..create_request(EnvironmentSpec::default()) };
+    let request =
+        Create { environment_id: request.environment_id, ..create_request(EnvironmentSpec::default()) };
     backend.environment().create(&request).await.unwrap();
     let phases = timeout(LIMIT, watching).await.unwrap().unwrap();
     assert!(phases.contains(&Phase::Starting { step: 1, reachable: true }), "{phases:?}");
@@ -136,7 +153,8 @@ async fn a_full_quota_is_told_as_such_and_leaves_nothing() {
     ))
     .await;
     let room = Room::usual(&backend).await;
-    let request = create_request(EnvironmentSpec { network: Network::Internet, ..EnvironmentSpec::default() });
+    let request =
+        create_request(EnvironmentSpec { network: Network::Internet, ..EnvironmentSpec::default() });
     let Err(EnvironmentError::Refused(reason)) = backend.environment().create(&request).await else {
         panic!("not refused")
     };
@@ -179,7 +197,10 @@ async fn a_pull_that_never_ends_is_shown_as_such_and_can_be_ended() {
     timeout(LIMIT, registry.called.wait_for(|calls| *calls > 0)).await.unwrap().unwrap();
     let fetching = Phase::Starting { step: 1, reachable: true };
     seen(&backend, id, |one| one.is_some_and(|one| one.phase == fetching)).await;
-    assert!(matches!(backend.environment().connect(id).await, Err(EnvironmentError::Unavailable(_))));
+    // The API server opens the stream first and asks kubelet then.
+    let mut stream = backend.environment().connect(id).await.unwrap();
+    let said = timeout(LIMIT, stream.read_u8()).await.unwrap().unwrap_err().to_string();
+    assert!(said.contains("container not found"), "{said}");
     assert_eq!(backend.environment().inspect(id).await.unwrap().unwrap().phase, fetching);
     let begun = Instant::now();
     while backend.environment().destroy(id).await.is_err() {
@@ -192,7 +213,8 @@ async fn a_pull_that_never_ends_is_shown_as_such_and_can_be_ended() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_that_no_node_takes_is_told_within_ten_seconds() {
     let Some(backend) = Pods::open().await else { return };
-    let (id, reason) = failure(&backend, EnvironmentSpec { memory: Some(4 << 40), ..EnvironmentSpec::default() }).await;
+    let (id, reason) =
+        failure(&backend, EnvironmentSpec { memory: Some(4 << 40), ..EnvironmentSpec::default() }).await;
     assert_eq!(reason.code, ReasonCode::Unschedulable);
     assert!(reason.technical_details.contains("nsufficient memory"), "{reason:?}");
     let inspected = backend.environment().inspect(id).await.unwrap().unwrap();
@@ -204,13 +226,16 @@ async fn a_pod_that_no_node_takes_is_told_within_ten_seconds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_whose_user_is_root_or_that_cannot_start_is_told() {
     let Some(mut backend) = Pods::open().await else { return };
-    backend.reopen(|options| (options.agent_image, options.agent_path) = (None, Some("/no/such/agent".into()))).await;
+    backend
+        .reopen(|options| (options.agent_image, options.agent_path) = (None, Some("/no/such/agent".into())))
+        .await;
     let (id, reason) = failure(&backend, EnvironmentSpec::default()).await;
     assert_eq!(reason.code, ReasonCode::EnvironmentCrashed);
     assert!(reason.technical_details.contains("/no/such/agent"), "{reason:?}");
     backend.environment().destroy(id).await.unwrap();
     let spec = EnvironmentSpec { user: Some("root".into()), ..EnvironmentSpec::default() };
-    let Err(EnvironmentError::Refused(reason)) = backend.environment().create(&create_request(spec)).await else {
+    let Err(EnvironmentError::Refused(reason)) = backend.environment().create(&create_request(spec)).await
+    else {
         panic!("a restricted namespace takes root")
     };
     assert!(reason.technical_details.contains("restricted"), "{reason:?}");
@@ -220,7 +245,8 @@ async fn an_image_whose_user_is_root_or_that_cannot_start_is_told() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_does_not_arrive_is_told() {
     let Some(mut backend) = Pods::open().await else { return };
-    let pause = std::env::var("CARREL_CLUSTER_PAUSE_IMAGE").unwrap_or_else(|_| "carrel.test/pause:dev".into());
+    let pause =
+        std::env::var("CARREL_CLUSTER_PAUSE_IMAGE").unwrap_or_else(|_| "carrel.test/pause:dev".into());
     backend.reopen(|options| options.agent_image = Some(pause)).await;
     let (id, reason) = failure(&backend, EnvironmentSpec::default()).await;
     assert_eq!(reason.code, ReasonCode::EnvironmentCrashed, "{reason:?}");
@@ -247,7 +273,16 @@ async fn a_pod_deleted_while_a_command_runs_ends_the_command_as_lost() {
     process.stdout.read().await.unwrap();
     seen(&backend, room.id, |one| one.is_some()).await;
     let begun = Instant::now();
-    backend.kubectl(&["delete", "pod", &format!("carrel-{}", room.id), "--force", "--grace-period=0", "--wait=false"]).await;
+    backend
+        .kubectl(&[
+            "delete",
+            "pod",
+            &format!("carrel-{}", room.id),
+            "--force",
+            "--grace-period=0",
+            "--wait=false",
+        ])
+        .await;
     timeout(LIMIT, async { while let Ok(Some(_)) = process.stdout.read().await {} }).await.unwrap();
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     let Exit::Lost(why) = exit(&mut process.stdout).await else { panic!("not lost") };
@@ -260,14 +295,20 @@ async fn a_pod_deleted_while_a_command_runs_ends_the_command_as_lost() {
 #[tokio::test(flavor = "multi_thread")]
 async fn too_much_storage_is_an_eviction_that_is_told() {
     let Some(backend) = Pods::open().await else { return };
-    let room = Room::open(&backend, EnvironmentSpec { storage: Some(16 << 20), ..EnvironmentSpec::default() }).await;
+    let room =
+        Room::open(&backend, EnvironmentSpec { storage: Some(16 << 20), ..EnvironmentSpec::default() }).await;
     let _ = room.run("head -c 64M /dev/zero > ~/large; exec sleep 1").await;
     // kubelet measures a pod's files now and then.
-    let failed = |now: &Observation| now.environments.get(&room.id).is_some_and(|one| matches!(one.phase, Phase::Failed(_)));
+    let failed = |now: &Observation| {
+        now.environments.get(&room.id).is_some_and(|one| matches!(one.phase, Phase::Failed(_)))
+    };
     observed(&backend, Duration::from_secs(120), failed).await;
     let reason = reason(&backend, room.id).await;
     assert_eq!(reason.code, ReasonCode::EnvironmentLost);
-    assert!(reason.technical_details.contains("Evicted") && reason.technical_details.contains("ephemeral"), "{reason:?}");
+    assert!(
+        reason.technical_details.contains("Evicted") && reason.technical_details.contains("ephemeral"),
+        "{reason:?}"
+    );
     backend.close().await;
 }
 
@@ -285,7 +326,10 @@ async fn a_cut_connection_is_told_at_once_and_nothing_is_lost_by_it() {
     assert!(now.complete && now.environments.contains_key(&room.id), "{now:?}");
     let begun = Instant::now();
     assert!(matches!(backend.environment().inspect(room.id).await, Err(EnvironmentError::Unavailable(_))));
-    assert!(matches!(backend.environment().create(&create_request(EnvironmentSpec::default())).await, Err(EnvironmentError::Unavailable(_))));
+    assert!(matches!(
+        backend.environment().create(&create_request(EnvironmentSpec::default())).await,
+        Err(EnvironmentError::Unavailable(_))
+    ));
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
     timeout(LIMIT, async { while let Ok(Some(_)) = process.stdout.read().await {} }).await.unwrap();
     assert!(matches!(exit(&mut process.stdout).await, Exit::Lost(_)));
@@ -335,7 +379,9 @@ async fn a_pod_reaches_what_its_exam_opens_and_no_neighbour() {
     let (Ok(outside), Ok(namespace)) =
         (std::env::var("CARREL_CLUSTER_OUTSIDE_IP"), std::env::var("CARREL_CLUSTER_OUTSIDE_NETNS"))
     else {
-        return skip("there is nothing outside the cluster to be reached: CARREL_CLUSTER_OUTSIDE_IP and _NETNS");
+        return skip(
+            "there is nothing outside the cluster to be reached: CARREL_CLUSTER_OUTSIDE_IP and _NETNS",
+        );
     };
     const PORT: u16 = 8437;
     let serve = r#"use Socket; socket($t, AF_INET, SOCK_STREAM, 0); setsockopt($t, SOL_SOCKET, SO_REUSEADDR, 1);
@@ -348,7 +394,10 @@ async fn a_pod_reaches_what_its_exam_opens_and_no_neighbour() {
         .unwrap();
     let mut line = String::new();
     let said = listener.stdout.take().unwrap();
-    timeout(LIMIT, tokio::io::AsyncBufReadExt::read_line(&mut tokio::io::BufReader::new(said), &mut line)).await.unwrap().unwrap();
+    timeout(LIMIT, tokio::io::AsyncBufReadExt::read_line(&mut tokio::io::BufReader::new(said), &mut line))
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(line, "here\n");
 
     let network = |network| EnvironmentSpec { network, ..EnvironmentSpec::default() };
@@ -376,7 +425,10 @@ async fn a_pod_reaches_what_its_exam_opens_and_no_neighbour() {
     let node = std::env::var("CARREL_CLUSTER_NODE_IP").unwrap_or_else(|_| "10.231.0.1".into());
     for (room, name) in [(&open, "open"), (&listed, "listed"), (&other, "other")] {
         assert!(!reaches(room, &beside, 4243).await, "{name} reaches a neighbour");
-        assert!(!reaches(room, &node, 22).await && !reaches(room, "10.232.0.1", 443).await, "{name} reaches the cluster");
+        assert!(
+            !reaches(room, &node, 22).await && !reaches(room, "10.232.0.1", 443).await,
+            "{name} reaches the cluster"
+        );
     }
     backend.close().await;
 }
@@ -412,7 +464,8 @@ async fn bulk_goes_through_the_exec_stream_in_both_directions_at_once() {
     let Some(backend) = Pods::open().await else { return };
     let room = Room::usual(&backend).await;
     let begun = Instant::now();
-    let mut process = room.link().await.start(Some(b"head -c 200M /dev/zero"), &ProcessSpec::default()).await.unwrap();
+    let mut process =
+        room.link().await.start(Some(b"head -c 200M /dev/zero"), &ProcessSpec::default()).await.unwrap();
     let mut length = 0;
     while let Some(bytes) = process.stdout.read().await.unwrap() {
         length += bytes.len();

@@ -141,7 +141,9 @@ impl Environment for KubernetesEnvironment {
             // What has stood too long is known to the observer only.
             let shown = self.observation.borrow();
             let phase = match (phase, shown.environments.get(&id).map(|seen| &seen.phase)) {
-                (Phase::Starting { .. }, Some(Phase::Failed(reason))) => Phase::Failed(reason.clone()),
+                (Phase::Starting { .. } | Phase::Up, Some(Phase::Failed(reason))) => {
+                    Phase::Failed(reason.clone())
+                }
                 (phase, _) => phase,
             };
             phase::observed(&pod, phase)

@@ -1,12 +1,5 @@
 //! A namespace of a real cluster for one test, with a server's rights in it and no more, and ways to break things.
-use std::{
-    fs,
-    io::Write as _,
-    path::PathBuf,
-    process::Stdio,
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, io::Write as _, path::PathBuf, process::Stdio, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use carrel_api::{
@@ -59,7 +52,9 @@ impl Pods {
     /// A namespace in which the server has the rights of a Role.
     pub async fn with(role: &str) -> Option<Self> {
         let Ok(admin) = std::env::var("CARREL_TEST_KUBECONFIG") else {
-            skip("CARREL_TEST_KUBECONFIG names no cluster: `make cluster-up`, then its administrator's kubeconfig");
+            skip(
+                "CARREL_TEST_KUBECONFIG names no cluster: `make cluster-up`, then its administrator's kubeconfig",
+            );
             return None;
         };
         let admin = PathBuf::from(admin);
@@ -100,7 +95,9 @@ impl Pods {
 
     /// The server's kubeconfig: the service account's token, through [`Way`].
     async fn write_kubeconfig(&self, token: &str) {
-        let mut config: Value = serde_json::from_str(&self.kubectl(&["config", "view", "--raw", "--minify", "-o", "json"]).await).unwrap();
+        let mut config: Value =
+            serde_json::from_str(&self.kubectl(&["config", "view", "--raw", "--minify", "-o", "json"]).await)
+                .unwrap();
         config["clusters"][0]["cluster"]["server"] = json!(format!("https://127.0.0.1:{}", self.way.port));
         config["users"][0]["user"] = json!({ "token": token });
         fs::write(self.options.kubeconfig.as_ref().unwrap(), config.to_string()).unwrap();
@@ -144,7 +141,8 @@ impl Pods {
     }
 
     pub async fn pod(&self, id: EnvironmentId) -> Value {
-        serde_json::from_str(&self.kubectl(&["get", "pod", &format!("carrel-{id}"), "-o", "json"]).await).unwrap()
+        serde_json::from_str(&self.kubectl(&["get", "pod", &format!("carrel-{id}"), "-o", "json"]).await)
+            .unwrap()
     }
 
     /// Ends the test: what it made goes, and that is checked.
@@ -190,7 +188,10 @@ impl Backend for Pods {
 
     async fn kill(&self, id: EnvironmentId) {
         let uid = self.pod(id).await["metadata"]["uid"].as_str().unwrap().to_owned();
-        let first = processes_of(&uid).into_iter().find(|process| process.line.starts_with("/carrel/agent serve")).unwrap();
+        let first = processes_of(&uid)
+            .into_iter()
+            .find(|process| process.line.starts_with("/carrel/agent serve"))
+            .unwrap();
         rustix::process::kill_process(first.pid, rustix::process::Signal::KILL).unwrap();
     }
 
@@ -227,7 +228,11 @@ fn processes_of(uid: &str) -> Vec<Process> {
 }
 
 async fn server(kubeconfig: &PathBuf) -> String {
-    let view = Command::new("kubectl").arg("--kubeconfig").arg(kubeconfig).args(["config", "view", "--minify", "-o", "json"]).output();
+    let view = Command::new("kubectl")
+        .arg("--kubeconfig")
+        .arg(kubeconfig)
+        .args(["config", "view", "--minify", "-o", "json"])
+        .output();
     let view: Value = serde_json::from_slice(&view.await.unwrap().stdout).unwrap();
     let server = view["clusters"][0]["cluster"]["server"].as_str().unwrap();
     server.trim_start_matches("https://").trim_end_matches('/').to_owned()

@@ -5,7 +5,10 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{FutureExt, StreamExt, TryStreamExt};
+use futures_util::{
+    FutureExt, StreamExt, TryStreamExt,
+    future::{Fuse, FusedFuture},
+};
 use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::api::{ListParams, WatchEvent, WatchParams};
 use tokio::{
@@ -32,7 +35,7 @@ const WATCH: u32 = 240;
 const PROBE: Duration = Duration::from_secs(5);
 /// How often doubts are looked at.
 const LOOK: Duration = Duration::from_millis(500);
-/// How often events of slow pods are read, and from what age on a pod is slow.
+/// From what age on a pod is slow to start, and how often the events of one are read.
 const SLOW: Duration = Duration::from_secs(2);
 /// Pods whose events are read in one go.
 const ASKED: usize = 8;
@@ -47,6 +50,8 @@ struct Seen {
     /// From its events: the session's image is there.
     fetched: bool,
     warning: Option<(String, String)>,
+    /// When its events were read.
+    asked: Option<Instant>,
 }
 
 /// All pods of one namespace.
@@ -156,7 +161,7 @@ impl Observer {
         let mut ticks = interval(LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut probe = std::pin::pin!(probe(&cluster).fuse());
-        let mut slow = Box::pin(events(&cluster, self.slow()));
+        let mut asking = Box::pin(Fuse::terminated());
         loop {
             tokio::select! {
                 event = stream.next() => {
@@ -188,12 +193,19 @@ impl Observer {
                     }
                     self.publish();
                 }
-                _ = ticks.tick() => self.publish(),
-                why = &mut probe => return Stop::Lost(Some(why)),
-                found = &mut slow => {
-                    self.hear(&found);
-                    slow.set(events(&cluster, self.slow()));
+                _ = ticks.tick() => {
+                    if self.pods.values().any(|seen| seen.doubt.is_some()) {
+                        self.publish();
+                    }
+                    if asking.is_terminated() {
+                        let unclear = self.unclear();
+                        if !unclear.is_empty() {
+                            asking.set(events(&cluster, unclear).fuse());
+                        }
+                    }
                 }
+                why = &mut probe => return Stop::Lost(Some(why)),
+                found = &mut asking => self.hear(&found),
             }
         }
     }
@@ -210,7 +222,14 @@ impl Observer {
         match self.pods.get_mut(&id) {
             Some(seen) if seen.pod.metadata.uid == pod.metadata.uid => seen.pod = pod,
             _ => {
-                let seen = Seen { pod, since: Instant::now(), doubt: None, fetched: false, warning: None };
+                let seen = Seen {
+                    pod,
+                    since: Instant::now(),
+                    doubt: None,
+                    fetched: false,
+                    warning: None,
+                    asked: None,
+                };
                 self.pods.insert(id, seen);
             }
         }
@@ -238,8 +257,9 @@ impl Observer {
         });
     }
 
-    /// Pods that take longer to start than most, the newest first.
-    fn slow(&self) -> Vec<(EnvironmentId, String)> {
+    /// Pods whose events are needed: those that take longer to start than most, and those that ended and do not say why.
+    fn unclear(&mut self) -> Vec<(EnvironmentId, String)> {
+        let now = Instant::now();
         let shown = self.out.borrow();
         let starting = |id: &EnvironmentId| {
             shown
@@ -247,13 +267,17 @@ impl Observer {
                 .get(id)
                 .is_some_and(|one| matches!(one.phase, Phase::Starting { reachable: true, .. }))
         };
-        let mut slow: Vec<_> =
-            self.pods.iter().filter(|(id, seen)| seen.since.elapsed() > SLOW && starting(id)).collect();
-        slow.sort_by_key(|(_, seen)| std::cmp::Reverse(seen.since));
-        slow.into_iter()
-            .take(ASKED)
-            .filter_map(|(id, seen)| Some((*id, seen.pod.metadata.uid.clone()?)))
-            .collect()
+        let mut unclear = Vec::new();
+        for (id, seen) in &mut self.pods {
+            let ended = seen.doubt.is_some_and(|(code, _)| code == ReasonCode::EnvironmentCrashed);
+            let slow = starting(id) && now.duration_since(seen.since) > SLOW;
+            let due = seen.asked.is_none_or(|asked| now.duration_since(asked) > SLOW);
+            if (ended || slow) && due && unclear.len() < ASKED {
+                seen.asked = Some(now);
+                unclear.extend(seen.pod.metadata.uid.clone().map(|uid| (*id, uid)));
+            }
+        }
+        unclear
     }
 
     fn hear(&mut self, found: &[(EnvironmentId, Vec<Event>)]) {
@@ -283,10 +307,13 @@ impl Observer {
 impl Seen {
     fn observed(&mut self, unschedulable: Duration) -> Observed {
         let reading = phase::read(&self.pod, unschedulable, self.fetched);
-        let doubt = reading.doubt.or_else(|| match reading.phase {
-            Phase::Starting { .. } => self.doubtful_events(),
-            _ => None,
-        });
+        let doubt = match (&reading.doubt, &reading.phase) {
+            (Some(doubt), _) if doubt.reason.code == ReasonCode::EnvironmentCrashed => {
+                self.taken_away().or(reading.doubt)
+            }
+            (None, Phase::Starting { .. }) => self.doubtful_events(),
+            _ => reading.doubt,
+        };
         let since = match (&doubt, self.doubt) {
             (Some(doubt), Some((code, since))) if code == doubt.reason.code => since,
             _ => Instant::now(),
@@ -297,6 +324,13 @@ impl Seen {
             _ => reading.phase,
         };
         phase::observed(&self.pod, phase)
+    }
+
+    /// A pod that kubelet evicts, and whose processes then end as they are told to, looks as if it had ended by itself.
+    fn taken_away(&self) -> Option<Doubt> {
+        let (reason, message) = self.warning.as_ref().filter(|(reason, _)| is_taking_away(reason))?;
+        let details = format!("the pod was taken away: {reason}: {message}");
+        Some(Doubt { reason: Reason::new(ReasonCode::EnvironmentLost, details), patience: Duration::ZERO })
     }
 
     /// What the pod's status does not say: its network, its volumes, the hook that brings the agent.
@@ -313,6 +347,11 @@ impl Seen {
     }
 }
 
+/// Reasons of events that say who ended a pod.
+fn is_taking_away(reason: &str) -> bool {
+    matches!(reason, "Evicted" | "Preempted" | "Preempting" | "NodeShutdown" | "TaintManagerEviction")
+}
+
 /// Resolves when the API server does not answer.
 async fn probe(cluster: &Cluster) -> String {
     // From the API server's memory; nothing of it is used.
@@ -320,15 +359,14 @@ async fn probe(cluster: &Cluster) -> String {
     loop {
         tokio::time::sleep(PROBE).await;
         let parameters = parameters.clone().match_any();
-        if let Err(fault) = cluster.call(|| cluster.pods.list_metadata(&parameters)).await {
+        if let Err(fault) = cluster.once(cluster.pods.list_metadata(&parameters)).await {
             return fault.to_string();
         }
     }
 }
 
-/// The events of some pods, after a while.
+/// The events of some pods.
 async fn events(cluster: &Cluster, pods: Vec<(EnvironmentId, String)>) -> Vec<(EnvironmentId, Vec<Event>)> {
-    tokio::time::sleep(SLOW).await;
     let mut found = Vec::new();
     for (id, uid) in pods {
         let parameters = ListParams {

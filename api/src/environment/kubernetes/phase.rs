@@ -18,6 +18,9 @@ const CREATE_PATIENCE: Duration = Duration::from_secs(4);
 /// A pull that has just failed; once kubelet says that it backs off, its next attempt is 10 s and more away.
 const PULL_PATIENCE: Duration = Duration::from_secs(3);
 
+/// A first process that has ended may have been ended: why and by whom the pod or its events say a moment later.
+const END_PATIENCE: Duration = Duration::from_secs(3);
+
 /// Indices into [`crate::session::STEPS`].
 const PLACE: usize = 0;
 const IMAGE: usize = 1;
@@ -62,12 +65,19 @@ pub(super) fn read(pod: &Pod, unschedulable: Duration, fetched: bool) -> Reading
     if pod.metadata.deletion_timestamp.is_some() {
         return certain(Phase::Ending);
     }
-    let status = pod.status.clone().unwrap_or_default();
-    let containers = status.container_statuses.as_deref().unwrap_or_default();
+    let status = pod.status.as_ref();
+    let containers = status.and_then(|status| status.container_statuses.as_deref()).unwrap_or_default();
     let session = containers.iter().find(|container| container.name == SESSION);
     let ended = session.and_then(|session| session.state.as_ref()?.terminated.as_ref());
-    if ended.is_some() || matches!(status.phase.as_deref(), Some("Failed" | "Succeeded")) {
-        return certain(Phase::Failed(failure(pod, ended)));
+    if ended.is_some()
+        || matches!(status.and_then(|status| status.phase.as_deref()), Some("Failed" | "Succeeded"))
+    {
+        let reason = failure(pod, ended);
+        let started = ended.is_some_and(|ended| ended.reason.as_deref() != Some("StartError"));
+        if reason.code == ReasonCode::EnvironmentCrashed && started {
+            return Reading { phase: Phase::Up, doubt: Some(Doubt { reason, patience: END_PATIENCE }) };
+        }
+        return certain(Phase::Failed(reason));
     }
     if session.is_some_and(|session| session.state.as_ref().is_some_and(|state| state.running.is_some())) {
         return certain(Phase::Up);
@@ -115,10 +125,10 @@ fn waiting(container: &ContainerStatus) -> Option<Doubt> {
 
 /// Why a pod that has ended did so.
 fn failure(pod: &Pod, session: Option<&ContainerStateTerminated>) -> Reason {
-    let status = pod.status.clone().unwrap_or_default();
-    let message = plain(status.message.as_deref().unwrap_or_default());
+    let status = pod.status.as_ref();
+    let message = plain(status.and_then(|status| status.message.as_deref()).unwrap_or_default());
     let disruption = condition(pod, "DisruptionTarget").filter(|(status, ..)| *status == "True");
-    match status.reason.as_deref() {
+    match status.and_then(|status| status.reason.as_deref()) {
         Some("DeadlineExceeded") => {
             return Reason::new(ReasonCode::TimeExpired, "the pod has reached the end of its lifetime");
         }
@@ -148,6 +158,13 @@ fn failure(pod: &Pod, session: Option<&ContainerStateTerminated>) -> Reason {
         );
     };
     let said = plain(session.message.as_deref().unwrap_or_default());
+    if session.reason.as_deref() == Some("StartError")
+        && let Some(bringer) = terminated(pod, AGENT)
+    {
+        let why = plain(bringer.message.as_deref().unwrap_or("no more is said"));
+        let details = format!("the agent did not arrive: exit code {}: {why}", bringer.exit_code);
+        return Reason::new(ReasonCode::EnvironmentCrashed, details);
+    }
     match session.reason.as_deref() {
         Some("OOMKilled") => {
             let details = "the kernel ended the environment's first process for want of memory";
@@ -168,6 +185,11 @@ fn failure(pod: &Pod, session: Option<&ContainerStateTerminated>) -> Reason {
             Reason::new(ReasonCode::EnvironmentCrashed, details.trim_end_matches([':', ' ']))
         }
     }
+}
+
+fn terminated<'a>(pod: &'a Pod, container: &str) -> Option<&'a ContainerStateTerminated> {
+    let containers = pod.status.as_ref()?.container_statuses.as_deref()?;
+    containers.iter().find(|one| one.name == container)?.state.as_ref()?.terminated.as_ref()
 }
 
 /// Status, reason and message of a condition.
