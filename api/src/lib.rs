@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod access;
+pub mod cli;
 pub mod credential;
 pub mod environment;
 pub mod exam;
