@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness import BINARY, Demo, Postgres, Server, Session, need, processes_that_mention, wait_until
+from harness import BINARY, Demo, Postgres, Server, Session, instances, need, processes_that_mention, wait_until
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def work() -> Iterator[Path]:
 
     def nothing_left() -> bool:
         left.clear()
-        left.update(processes_that_mention(path))
+        left.update(processes_that_mention(path, *instances))
         return not left
 
     try:

@@ -1,7 +1,7 @@
 """Drives the real `carrel` binary and real clients against it.
 
 Nothing here knows how Carrel is built: only its command line, its HTTP API and its SSH server. Every wait has a
-deadline, and everything that is started lives below one directory, so that whatever is left over can be found.
+deadline, and everything that is started lives below one directory or carries its server's name, so that whatever is left over can be found.
 """
 
 from __future__ import annotations
@@ -93,10 +93,22 @@ def rss_kib(pid: int, field: str = "VmRSS") -> int:
 # --- processes ---------------------------------------------------------------------------------------------------
 
 
-def processes_that_mention(path: Path | str) -> dict[int, str]:
-    """Processes with `path` in their command line, variables, directory, descriptors or mounts, but for this one and
-    its parents. A process inside an environment is found by the mounts of its own namespace."""
-    needle = str(path).encode()
+instances: set[str] = set()
+"""The names that the run's servers and demos have given themselves; each of their environments carries its server's."""
+
+
+def instance_of(data_dir: Path) -> str:
+    """The name of a server with local environments. It stands in the command lines of its environments' processes."""
+    name = (data_dir / "environments/instance").read_text().strip()
+    assert uuid.UUID(name), name
+    instances.add(name)
+    return name
+
+
+def processes_that_mention(*words: Path | str) -> dict[int, str]:
+    """Processes with one of the words in their command line, variables, directory or mounts, but for this one and its
+    parents. Give a directory, the name of a server (see [`instance_of`]) or of an environment."""
+    needles = [str(word).encode() for word in words]
     spared = {os.getpid()}
     with contextlib.suppress(OSError, ValueError):
         pid = os.getpid()
@@ -114,7 +126,7 @@ def processes_that_mention(path: Path | str) -> dict[int, str]:
             for link in ("cwd", "exe"):
                 with contextlib.suppress(OSError):
                     texts.append(os.readlink(entry / link).encode())
-            if any(needle in text for text in texts):
+            if any(needle in text for text in texts for needle in needles):
                 found[int(entry.name)] = texts[0].replace(b"\0", b" ").decode(errors="replace")[:200]
     return found
 
@@ -474,6 +486,7 @@ class Server:
         self.key = ""
         self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
         self.sessions: list[Session] = []
+        self.marks: list[Path | str] = [self.work]
 
     @property
     def env(self) -> dict[str, str]:
@@ -524,6 +537,7 @@ class Server:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self.argv(), env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         wait_until("GET /readyz answers 200", self.ready, within)
+        self.marks = [self.work, instance_of(self.data_dir)]
         return self
 
     def ready(self) -> bool:
@@ -589,7 +603,7 @@ class Server:
 
     def environments(self) -> dict[int, str]:
         """Processes of this server's environments (not the server itself)."""
-        found = processes_that_mention(self.work)
+        found = processes_that_mention(*self.marks)
         return {pid: line for pid, line in found.items() if not self.process or pid != self.process.pid}
 
     def close(self) -> None:
@@ -604,11 +618,11 @@ class Server:
                 status = self.stop()
                 assert status == 0, f"SIGTERM ended the server with {status}, not 0:\n{self.tail()}"
             wait_until(
-                "no process of the server's environments is left", lambda: not processes_that_mention(self.work), within=10
+                "no process of the server's environments is left", lambda: not processes_that_mention(*self.marks), within=10
             )
         finally:
             self.client.close()
-            for pid in processes_that_mention(self.work):
+            for pid in processes_that_mention(*self.marks):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -649,6 +663,8 @@ class Demo:
             raise Late(f"`carrel demo --json` printed no line within {within} s: {self.log.read_text(errors='replace')[-3000:]}")
         self.data: dict[str, Any] = json.loads(line[0])
         self.data_dir = Path(self.data["data_dir"])
+        self.marks = [self.data_dir, instance_of(self.data_dir)]
+        assert len(processes_that_mention(*self.marks)) >= 2, "the demo's own processes are not found: a test for leftovers would be worth nothing"
         self.session_id: str = self.data["session_id"]
         self.ssh = Ssh(self.data["ssh"], self.work)
         self.url: str = self.data["api"]["url"]
@@ -676,13 +692,12 @@ class Demo:
             self.process.kill()
             self.process.wait(10)
             raise Late(f"the demo did not end within {within} s of signal {sig}: {self.log.read_text(errors='replace')[-2000:]}") from None
-        left = lambda: processes_that_mention(self.data_dir)  # noqa: E731
         try:
-            wait_until("no process of the demo is left", lambda: not left(), within=10)
+            wait_until("no process of the demo is left", lambda: not processes_that_mention(*self.marks), within=10)
         finally:
-            stayed = left()
-            for pid in stayed:
-                os.kill(pid, signal.SIGKILL)
+            for pid in processes_that_mention(*self.marks):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(self.data_dir) in line]
         assert not mounts, f"the demo left mounts: {mounts}"
         assert not self.data_dir.exists(), f"the demo left its directory: {sorted(self.data_dir.rglob('*'))[:20]}"
