@@ -160,6 +160,7 @@ fn processes() -> Vec<Seen> {
 
 on_backend! { Local::open();
     creating_twice_is_one_environment,
+    many_can_be_made_at_once,
     one_without_an_owner_is_kept_warm,
     every_exit_status_comes_back_exactly,
     bytes_come_back_unchanged_and_apart,
@@ -259,6 +260,18 @@ async fn its_lifetime_ends_without_a_server() {
     }
     backend.restart().await;
     backend.close().await;
+}
+
+#[tokio::test]
+async fn a_data_directory_that_candidates_could_read_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let shared = vec![directory.path().canonicalize().unwrap()];
+    let options =
+        LocalOptions { data_dir: directory.path().join("data"), agent: Agent::File(agent()), shared };
+    let error = LocalEnvironment::new(options).unwrap().check().await.unwrap_err();
+    assert!(
+        matches!(&error, EnvironmentError::Refused(reason) if reason.technical_details.contains("choose another"))
+    );
 }
 
 #[tokio::test]

@@ -257,8 +257,11 @@ impl Inner {
 
     /// Destroys what this thread has locked.
     fn end(&self, id: EnvironmentId, directory: Locked) -> Result<(), EnvironmentError> {
-        if let Some(record) = directory.record() {
-            directory.write(&Record { stage: Stage::Ending, ..record }).map_err(unavailable)?;
+        // So that others see it as ending, and finish it if this server is killed. A full disk is no reason not to go on.
+        if let Some(record) = directory.record()
+            && let Err(error) = directory.write(&Record { stage: Stage::Ending, ..record })
+        {
+            tracing::warn!(environment_id = %id, %error, "the end of an environment cannot be recorded");
         }
         processes::kill_all(self.instance, id).map_err(EnvironmentError::Unavailable)?;
         directory.remove().map_err(unavailable)?;

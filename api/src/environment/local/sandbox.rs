@@ -332,7 +332,9 @@ impl Sandbox {
             ])
             .add(&["--cap-drop", "ALL", "--clearenv", "--hostname", HOSTNAME])
             .add(&["--uid", &shape.uid.to_string(), "--gid", &shape.uid.to_string()])
-            .add(&["--ro-bind", "/usr", "/usr"]);
+            .add(&["--ro-bind", "/usr", "/usr"])
+            // Else bubblewrap makes the directories that it needs itself, for their owner only.
+            .add(&["--dir", "/etc", "--dir", "/etc/ssl", "--dir", "/home"]);
         for name in SYSTEM {
             let path = format!("/{name}");
             match std::fs::read_link(&path) {
