@@ -83,7 +83,7 @@ impl Agent {
     }
 }
 
-/// Serves until SIGTERM or SIGINT.
+/// Serves until it is told to end.
 ///
 /// # Errors
 /// When it cannot start as asked.
@@ -104,8 +104,6 @@ pub fn run(options: Serve) -> io::Result<()> {
             env: options.env,
             files,
         });
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
         let slots = Arc::new(Semaphore::new(CONNECTIONS));
         if let Some(listener) = direct {
             tokio::spawn(accept_direct(
@@ -117,13 +115,24 @@ pub fn run(options: Serve) -> io::Result<()> {
         if let Some(listener) = handed {
             tokio::spawn(accept_handed(Arc::clone(&agent), UnixListener::from_std(listener)?, slots));
         }
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
+        told_to_end().await?;
         farewell(&agent).await;
         Ok(())
     })
+}
+
+/// SIGTERM or SIGINT. Process 1 of an environment takes neither, as the kernel has it for a process 1 without handlers: a candidate's
+/// `kill 1` is a slip. Whoever ends an environment from outside kills it.
+async fn told_to_end() -> io::Result<()> {
+    if std::process::id() == 1 {
+        std::future::pending::<()>().await;
+    }
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
 }
 
 /// Sets this process's limits, which its children inherit; returns the limit of open files that children get back.

@@ -7,7 +7,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use carrel_api::access::Auth;
 use rand::RngExt as _;
 use russh::{
-    Disconnect, MethodKind, MethodSet, Preferred, SshId, cipher,
+    Disconnect, MethodKind, MethodSet, Preferred, SshId, cipher, kex,
     keys::PrivateKey,
     server::{self, Config},
 };
@@ -201,11 +201,20 @@ fn methods() -> MethodSet {
     MethodSet::from(&[MethodKind::PublicKey, MethodKind::Password][..])
 }
 
-/// AES-GCM first: it is the fastest here and needs no MAC; ChaCha20 is left out for CVE-2023-48795's sake even where strict key exchange is spoken.
+/// Elliptic curves only: a finite-field exchange costs 87 to 713 ms of server time before any login, and three of them a
+/// second stop everybody (CVE-2002-20001). AES-GCM first: it is the fastest here and needs no MAC; ChaCha20 is left out for CVE-2023-48795's sake even where strict key exchange is spoken.
 fn preferred() -> Preferred {
     const CIPHERS: &[cipher::Name] =
         &[cipher::AES_128_GCM, cipher::AES_256_GCM, cipher::AES_256_CTR, cipher::AES_192_CTR, cipher::AES_128_CTR];
+    const KEX: &[kex::Name] = &[
+        kex::MLKEM768X25519_SHA256,
+        kex::CURVE25519,
+        kex::CURVE25519_PRE_RFC_8731,
+        kex::EXTENSION_SUPPORT_AS_SERVER,
+        kex::EXTENSION_OPENSSH_STRICT_KEX_AS_SERVER,
+    ];
     Preferred {
+        kex: KEX.into(),
         cipher: CIPHERS.into(),
         compression: (&[russh::compression::NONE][..]).into(),
         ..Preferred::DEFAULT

@@ -135,6 +135,12 @@ impl Caller {
         self.owns(session) || self.scopes.any(&[Scope::Platform, Scope::Operator, Scope::Proctor])
     }
 
+    /// Are they told what is for staff, such as the last lines of a set-up that failed?
+    #[must_use]
+    pub fn sees_details(&self) -> bool {
+        self.scopes.any(&Scope::ALL)
+    }
+
     /// May they hand it in? The candidate, or the platform in the candidate's name.
     #[must_use]
     pub fn may_submit(&self, session: &Session) -> bool {

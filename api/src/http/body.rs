@@ -93,6 +93,9 @@ pub struct ReasonBody {
     pub code: ReasonCode,
     /// For the candidate, with what to do next.
     pub message: &'static str,
+    /// What happened, for staff and platforms only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub technical_details: Option<String>,
 }
 
 /// A session's environment.
@@ -107,7 +110,8 @@ const fn is_ready(state: State) -> bool {
 }
 
 impl SessionBody {
-    pub fn new(session: &Session, now: i64) -> Self {
+    /// `details`: also what is for staff.
+    pub fn new(session: &Session, now: i64, details: bool) -> Self {
         Self {
             session_id: session.id,
             user_id: session.user_id,
@@ -116,7 +120,11 @@ impl SessionBody {
             lifecycle_reason: session
                 .reason
                 .as_ref()
-                .map(|reason| ReasonBody { code: reason.code, message: reason.code.user_message() }),
+                .map(|reason| ReasonBody {
+                    code: reason.code,
+                    message: reason.code.user_message(),
+                    technical_details: details.then(|| reason.technical_details.clone()),
+                }),
             started_at: session.started_at.map(time),
             ready_at: session.ready_at.map(time),
             ends_at: session.ends_at().map(time),

@@ -105,7 +105,7 @@ pub async fn post(
     )
 )]
 pub async fn get(State(state): State<ApiState>, seen: Seen) -> Data<SessionBody> {
-    Data(StatusCode::OK, SessionBody::new(&seen.session, state.lifecycle().now_ms()))
+    Data(StatusCode::OK, SessionBody::new(&seen.session, state.lifecycle().now_ms(), seen.caller.sees_details()))
 }
 
 /// Whose active session.
@@ -138,7 +138,7 @@ pub async fn active(
     let found = state.store().active_session(user).await?;
     // Somebody else's is not there, as far as they are told.
     let session = found.filter(|session| caller.may_read(session)).ok_or(ApiError::NoActiveSession)?;
-    Ok(Data(StatusCode::OK, SessionBody::new(&session, state.lifecycle().now_ms())))
+    Ok(Data(StatusCode::OK, SessionBody::new(&session, state.lifecycle().now_ms(), caller.sees_details())))
 }
 
 /// The candidate hands in: the session ends as `submitted`.

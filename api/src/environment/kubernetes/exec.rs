@@ -229,8 +229,8 @@ where
         }
         let Ok(channel) = frame.try_get_u8() else { continue };
         match channel {
-            STDOUT if !frame.is_empty() => {
-                if arrived.send(Ok(frame)).await.is_err() {
+            STDOUT => {
+                if !frame.is_empty() && arrived.send(Ok(frame)).await.is_err() {
                     return Ok(());
                 }
             }
