@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import asyncssh
@@ -84,6 +85,26 @@ def test_paramiko(session: Session, auth: str, tmp_path: Path) -> None:
             with pytest.raises(FileNotFoundError):
                 sftp.stat("from-paramiko")
         assert (tmp_path / "back").read_bytes() == DATA
+
+
+def test_paramiko_tries_a_wrong_key_first(session: Session, tmp_path: Path) -> None:
+    """It asks for the authentication service again before each attempt, and waits for the answer."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "wrong")], check=True, timeout=20)
+    with paramiko.SSHClient() as client:
+        client.load_host_keys(str(session.ssh.known_hosts))
+        started = time.monotonic()
+        client.connect(
+            session.ssh.host,
+            session.ssh.port,
+            session.ssh.user,
+            password=session.ssh.password,
+            key_filename=str(tmp_path / "wrong"),
+            allow_agent=False,
+            look_for_keys=False,
+        )
+        assert time.monotonic() - started < 5
+        _, stdout, _ = client.exec_command("echo in", timeout=20)
+        assert stdout.read() == b"in\n"
 
 
 def test_paramikos_shell(session: Session) -> None:
