@@ -1,4 +1,5 @@
 //! The API over a real listener and a real SQLite database. Where sessions run is away here: that is an answer too.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
 use std::{
     collections::BTreeSet,
     net::SocketAddr,

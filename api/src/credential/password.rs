@@ -11,7 +11,7 @@ use std::{
 
 use argon2::{Algorithm, Argon2, Params, PasswordHash, PasswordHasher as _, PasswordVerifier as _, Version};
 use rand::RngExt as _;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use zeroize::Zeroizing;
 
 use super::key::ServerKey;
@@ -87,7 +87,7 @@ impl fmt::Debug for Password {
 pub struct Passwords(Arc<Inner>);
 
 struct Inner {
-    turns: Semaphore,
+    turns: Arc<Semaphore>,
     waiting: AtomicUsize,
     hashes: AtomicUsize,
     /// Of this process only: what is remembered is of no use elsewhere.
@@ -114,7 +114,7 @@ impl Passwords {
     #[must_use]
     pub fn new() -> Self {
         Self(Arc::new(Inner {
-            turns: Semaphore::new(AT_ONCE),
+            turns: Arc::new(Semaphore::new(AT_ONCE)),
             waiting: AtomicUsize::new(0),
             hashes: AtomicUsize::new(0),
             key: ServerKey::random(),
@@ -128,9 +128,9 @@ impl Passwords {
     /// # Errors
     /// [`Overloaded`] when too many wait.
     pub async fn hash(&self, password: &Password) -> Result<String, Overloaded> {
-        let _turn = self.turn().await?;
+        let turn = self.turn().await?;
         let text = password.0.clone();
-        tokio::task::spawn_blocking(move || hash(&text)).await.ok().flatten().ok_or(Overloaded)
+        in_turn(turn, move || hash(&text)).await.flatten().ok_or(Overloaded)
     }
 
     /// Is it the session's password? `stored` is `None` when there is no such session or no password opens it: the work is the same.
@@ -149,7 +149,7 @@ impl Passwords {
         if known && self.remembers(&mark) {
             return Ok(true);
         }
-        let _turn = self.turn().await?;
+        let turn = self.turn().await?;
         // Of thirty logins at once, the first ones have answered for the others by now.
         if known && self.remembers(&mark) {
             return Ok(true);
@@ -157,15 +157,14 @@ impl Passwords {
         let stored = stored.to_owned();
         let text = Zeroizing::new(password.chars().take(LONGEST).collect::<String>());
         self.0.hashes.fetch_add(1, Ordering::Relaxed);
-        let right =
-            tokio::task::spawn_blocking(move || verify(&stored, &text)).await.unwrap_or(false) && known;
+        let right = in_turn(turn, move || verify(&stored, &text)).await.unwrap_or(false) && known;
         if right {
             self.remember(mark);
         }
         Ok(right)
     }
 
-    async fn turn(&self) -> Result<tokio::sync::SemaphorePermit<'_>, Overloaded> {
+    async fn turn(&self) -> Result<OwnedSemaphorePermit, Overloaded> {
         struct Waiting<'a>(&'a AtomicUsize);
         impl Drop for Waiting<'_> {
             fn drop(&mut self) {
@@ -177,7 +176,7 @@ impl Passwords {
         if before >= WAITING {
             return Err(Overloaded);
         }
-        match tokio::time::timeout(TURN, self.0.turns.acquire()).await {
+        match tokio::time::timeout(TURN, Arc::clone(&self.0.turns).acquire_owned()).await {
             Ok(Ok(turn)) => Ok(turn),
             _ => Err(Overloaded),
         }
@@ -197,6 +196,20 @@ impl Passwords {
             remembered.insert(mark, Instant::now());
         }
     }
+}
+
+/// Works off the async threads. The turn is held until the work is done, also when whoever asked has gone: else a client
+/// that hangs up at once could have any number of hashes under way.
+async fn in_turn<T: Send + 'static>(
+    turn: OwnedSemaphorePermit,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    let done = tokio::task::spawn_blocking(move || {
+        let done = work();
+        drop(turn);
+        done
+    });
+    done.await.ok()
 }
 
 /// Argon2id, 19 MiB, two passes, one lane: the first choice of OWASP's password storage recommendations.
@@ -262,6 +275,25 @@ mod tests {
         let passwords = Passwords::new();
         assert_eq!(passwords.verify(SessionId::new(), None, "x").await, Ok(false));
         assert_eq!(passwords.0.hashes.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn a_hash_that_nobody_waits_for_any_more_still_counts() {
+        let passwords = Passwords::new();
+        let (started, start) = std::sync::mpsc::channel();
+        let (finish, finished) = std::sync::mpsc::channel::<()>();
+        let turn = passwords.turn().await.unwrap();
+        let work = tokio::spawn(in_turn(turn, move || {
+            started.send(()).unwrap();
+            finished.recv().unwrap();
+        }));
+        tokio::task::spawn_blocking(move || start.recv().unwrap()).await.unwrap();
+        work.abort();
+        assert!(work.await.unwrap_err().is_cancelled());
+        assert_eq!(passwords.0.turns.available_permits(), AT_ONCE - 1);
+        finish.send(()).unwrap();
+        let all = passwords.0.turns.acquire_many(2);
+        assert!(tokio::time::timeout(Duration::from_secs(10), all).await.is_ok());
     }
 
     #[tokio::test]
