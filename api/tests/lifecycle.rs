@@ -1,5 +1,14 @@
 //! The lifecycle with real environments of this machine and both databases: what it makes of a session, of faults, and of
 //! being stopped anywhere.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a test fails by panicking, and says why it was skipped"
+)]
 #[path = "store/database.rs"]
 mod database;
 

@@ -1,16 +1,35 @@
 //! `carrel api-key`: keys for platforms and staff, one JSON document on stdout for each command.
-use std::io::Write;
+use std::process::ExitCode;
 
 use carrel_api::{
     access::Scope,
+    cli::{Exit, Output},
     credential::{Secret, SecretKind},
     store::{ApiKeyRow, Store, StoreError},
 };
 
+use serde_json::Value;
+
 use crate::{
     options::{ApiKeyAction, Database},
     serve::{StartError, data_dir, database_url},
+    tools,
 };
+
+impl From<&KeysError> for Output {
+    fn from(error: &KeysError) -> Self {
+        match error {
+            KeysError::Start(error) => tools::unavailable(error),
+            KeysError::Store(error) => tools::refused(error),
+            KeysError::Scope(_) => Self::error(
+                Exit::ValidationFailed,
+                "INVALID_SCOPE",
+                &error.to_string(),
+                serde_json::json!({}),
+            ),
+        }
+    }
+}
 
 /// Why a command about keys failed.
 #[derive(Debug, thiserror::Error)]
@@ -24,15 +43,20 @@ pub enum KeysError {
     /// No such scope.
     #[error("{0:?} is no scope; there are platform, operator, proctor and grader")]
     Scope(String),
-    /// The answer could not be printed.
-    #[error("the answer could not be printed: {0}")]
-    Print(#[from] std::io::Error),
 }
 
-/// Runs one command.
-pub async fn run(database: &Database, action: ApiKeyAction) -> Result<(), KeysError> {
+/// Runs one command and prints what it has to say.
+pub async fn run(database: &Database, action: ApiKeyAction) -> ExitCode {
+    let output = match answer(database, action).await {
+        Ok(json) => Output { exit: Exit::Ok, json },
+        Err(error) => Output::from(&error),
+    };
+    tools::say(&output)
+}
+
+async fn answer(database: &Database, action: ApiKeyAction) -> Result<Value, KeysError> {
     let store = open(database).await?;
-    let answer = match action {
+    Ok(match action {
         ApiKeyAction::Create { name, scopes } => {
             let (id, key) = create(&store, &name, &scopes).await?;
             serde_json::json!({"id": id, "key": key, "scopes": scopes})
@@ -52,8 +76,7 @@ pub async fn run(database: &Database, action: ApiKeyAction) -> Result<(), KeysEr
             store.revoke_api_key(&id).await?;
             serde_json::json!({"id": id, "revoked": true})
         }
-    };
-    Ok(writeln!(std::io::stdout(), "{answer}")?)
+    })
 }
 
 async fn open(database: &Database) -> Result<Store, KeysError> {

@@ -10,6 +10,7 @@ pub mod keys;
 pub mod options;
 pub mod serve;
 pub mod ssh;
+pub mod tools;
 pub mod web;
 
 /// The agent, a static program for this target. Empty when the crate was built without it.

@@ -6,23 +6,23 @@ use carrel_gateway::{
     demo, keys,
     options::{Cli, Command, LogFormat},
     serve::{EndSignals, Server},
+    tools,
 };
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return failed(&error.into()),
     };
-    match runtime.block_on(run(cli)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => failed(&error),
+    if let Some(arguments) = tools::arguments(std::env::args_os()) {
+        return runtime.block_on(tools::run(arguments));
     }
+    runtime.block_on(run(Cli::parse())).unwrap_or_else(|error| failed(&error))
 }
 
-async fn run(cli: Cli) -> anyhow::Result<()> {
+async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Serve(options) => {
             log(options.log_format, "info");
@@ -30,13 +30,14 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             let server = Server::start(&options).await?;
             told_to_end.wait().await;
             server.stop().await;
-            Ok(())
+            Ok(ExitCode::SUCCESS)
         }
         Command::Demo(options) => {
             log(options.log_format, "warn");
-            Ok(demo::run(&options).await?)
+            demo::run(&options).await?;
+            Ok(ExitCode::SUCCESS)
         }
-        Command::ApiKey { database, action } => Ok(keys::run(&database, action).await?),
+        Command::ApiKey { database, action } => Ok(keys::run(&database, action).await),
     }
 }
 

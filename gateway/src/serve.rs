@@ -12,7 +12,7 @@ use carrel_api::{
     credential::{KeyError, ServerKey},
     environment::{
         Environment, EnvironmentError,
-        kubernetes::KubernetesEnvironment,
+        kubernetes::{KubernetesEnvironment, KubernetesOptions},
         link::Links,
         local::{Agent, LocalEnvironment, LocalOptions},
     },
@@ -31,10 +31,10 @@ use crate::{
     AGENT,
     bridge::Bridge,
     http,
-    options::{Database, EnvironmentKind, HostPort, Serve},
+    options::{Database, EnvironmentKind, HostPort, MalformedHostPort, Serve},
     ssh::{
         Ssh,
-        hostkey::{self, HostKeyError},
+        hostkey::{self, HostKeyError, PrivateKey},
     },
     web::{self, WebState},
 };
@@ -71,6 +71,9 @@ pub enum StartError {
     /// An address.
     #[error("{0} cannot be listened on: {1}; end what uses it, or choose another address with {2}")]
     Listen(SocketAddr, io::Error, &'static str),
+    /// The public address.
+    #[error("--public-ssh {0}: {1}")]
+    PublicSsh(String, MalformedHostPort),
     /// The build.
     #[error("this carrel was built without its agent; build it with: make build")]
     NoAgent,
@@ -108,23 +111,20 @@ impl Server {
         let ssh_bound =
             bound(&ssh_listener).map_err(|e| StartError::Listen(options.ssh_listen, e, "--ssh-listen"))?;
 
-        let host_key_file =
-            options.ssh_host_key_file.clone().unwrap_or_else(|| data_dir.join("ssh_host_ed25519_key"));
-        let host_key = hostkey::load_or_create(&host_key_file)?;
         let ssh_public = options.public_ssh.clone().unwrap_or_else(|| HostPort::from(ssh_bound));
         let url = options
             .public_url
             .clone()
             .unwrap_or_else(|| format!("http://{}", HostPort::from(http_bound).authority()));
-        let public = Public {
-            url: url.trim_end_matches('/').to_owned(),
-            host_key_fingerprint: hostkey::fingerprint(&host_key),
-            known_hosts: hostkey::known_hosts(&host_key, &ssh_public.host, ssh_public.port)?,
-            ssh_host: ssh_public.host,
-            ssh_port: ssh_public.port,
-        };
+        let (public, host_key) = public(&url, ssh_public, options.ssh_host_key_file.as_deref(), &data_dir)?;
 
-        let environment = environment(options, &data_dir).await?;
+        let environment = environment(&Places {
+            kind: options.environment,
+            data_dir: &data_dir,
+            local_share: &options.local_share,
+            kubernetes: &options.kubernetes,
+        })
+        .await?;
         environment.check().await?;
         let store = Store::open_exclusive(&database_url(&options.database, &data_dir)?).await?;
         for exam in &exams {
@@ -226,18 +226,50 @@ async fn listen(address: SocketAddr, flag: &'static str) -> Result<TcpListener, 
     TcpListener::bind(address).await.map_err(|error| StartError::Listen(address, error, flag))
 }
 
-async fn environment(options: &Serve, data_dir: &Path) -> Result<Arc<dyn Environment>, StartError> {
-    match options.environment {
+/// Where sessions run, as the options say it.
+pub struct Places<'a> {
+    /// Which kind.
+    pub kind: EnvironmentKind,
+    /// The server's directory.
+    pub data_dir: &'a Path,
+    /// See `--local-share`.
+    pub local_share: &'a [PathBuf],
+    /// The cluster.
+    pub kubernetes: &'a KubernetesOptions,
+}
+
+/// Makes the backend that the options name; whether it works is said by its own check.
+pub async fn environment(places: &Places<'_>) -> Result<Arc<dyn Environment>, StartError> {
+    match places.kind {
         EnvironmentKind::Local if AGENT.is_empty() => Err(StartError::NoAgent),
         EnvironmentKind::Local => {
             let local = LocalOptions {
-                data_dir: data_dir.to_owned(),
+                data_dir: places.data_dir.to_owned(),
                 agent: Agent::Bytes(AGENT),
-                shared: options.local_share.clone(),
+                shared: places.local_share.to_vec(),
             };
             let made = LocalEnvironment::new(local);
-            Ok(Arc::new(made.map_err(|error| StartError::DataDir(data_dir.to_owned(), error))?))
+            Ok(Arc::new(made.map_err(|error| StartError::DataDir(places.data_dir.to_owned(), error))?))
         }
-        EnvironmentKind::Kubernetes => Ok(KubernetesEnvironment::connect(options.kubernetes.clone()).await?),
+        EnvironmentKind::Kubernetes => Ok(KubernetesEnvironment::connect(places.kubernetes.clone()).await?),
     }
+}
+
+/// What the API tells of a server, and its host key, made if there is none yet.
+pub fn public(
+    url: &str,
+    ssh: HostPort,
+    host_key_file: Option<&Path>,
+    data_dir: &Path,
+) -> Result<(Public, PrivateKey), StartError> {
+    let default = data_dir.join("ssh_host_ed25519_key");
+    let host_key = hostkey::load_or_create(host_key_file.unwrap_or(&default))?;
+    let public = Public {
+        url: url.trim_end_matches('/').to_owned(),
+        host_key_fingerprint: hostkey::fingerprint(&host_key),
+        known_hosts: hostkey::known_hosts(&host_key, &ssh.host, ssh.port)?,
+        ssh_host: ssh.host,
+        ssh_port: ssh.port,
+    };
+    Ok((public, host_key))
 }

@@ -97,14 +97,15 @@ impl Outlet {
         }
     }
 
-    /// Why, the end of data, the status, the close: in this order, always.
+    /// Why, the status, the end of data, the close: in this order, always.
     async fn end(&self, ending: Ending) {
         let told = async {
             if let Some(why) = ending.why {
                 self.line(&why).await?;
             }
-            self.unless_gone(self.write.eof()).await?;
+            // Before the end of data: a client that shares its connection may be done with the channel at that.
             self.unless_gone(self.write.exit_status(ending.status)).await?;
+            self.unless_gone(self.write.eof()).await?;
             self.unless_gone(self.write.close()).await
         };
         // `Gone` is the client's own end.

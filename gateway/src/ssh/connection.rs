@@ -99,7 +99,7 @@ pub struct Connection {
     /// Held until the login is accepted.
     place: Option<Place>,
     accepted: Option<oneshot::Sender<Entry>>,
-    handle: oneshot::Receiver<Handle>,
+    handle: Option<oneshot::Receiver<Handle>>,
     failures: u32,
     /// A key that was offered and would do; nothing follows from it until its signature has been verified.
     offered: Option<(String, PublicKey, Access)>,
@@ -127,7 +127,7 @@ impl Connection {
             shutdown,
             place: Some(place),
             accepted: Some(accepted_sender),
-            handle,
+            handle: Some(handle),
             failures: 0,
             offered: None,
             entry: None,
@@ -147,7 +147,12 @@ impl Connection {
             Ok(_) => Outcome::Granted,
             Err(_) => Outcome::Limited,
         };
-        self.ssh.auth.record(By::Ssh, self.peer.ip(), (Some(access.session_id()), Some(access.user_id())), outcome);
+        self.ssh.auth.record(
+            By::Ssh,
+            self.peer.ip(),
+            (Some(access.session_id()), Some(access.user_id())),
+            outcome,
+        );
         self.entry = Some(entry.map(Arc::new).map_err(Arc::new));
     }
 
@@ -162,13 +167,12 @@ impl Connection {
         Auth::Reject { proceed_with_methods: Some(methods()), partial_success: false }
     }
 
-    /// A login that cannot be decided now: the client is told, and disconnected.
-    async fn undecided(&mut self, sentence: &'static str) -> Auth {
-        if let Ok(handle) = (&mut self.handle).await {
-            let _ = handle
-                .disconnect(Disconnect::ServiceNotAvailable, sentence.to_owned(), "en".to_owned())
-                .await;
-            // A second use would wait for a sender that is gone; the connection ends with this one.
+    /// No further try on this connection: the client is told why, and disconnected.
+    async fn hang_up(&mut self, reason: Disconnect, sentence: &'static str) -> Auth {
+        if let Some(handle) = self.handle.take()
+            && let Ok(handle) = handle.await
+        {
+            let _ = handle.disconnect(reason, sentence.to_owned(), "en".to_owned()).await;
         }
         Self::retry()
     }
@@ -177,10 +181,18 @@ impl Connection {
         match error {
             LoginError::Denied => Self::retry(),
             LoginError::Overloaded => {
-                self.undecided("too many logins at this moment; try again in a few seconds").await
+                self.hang_up(
+                    Disconnect::ServiceNotAvailable,
+                    "too many logins at this moment; try again in a few seconds",
+                )
+                .await
             }
             LoginError::Unavailable => {
-                self.undecided("the exam server cannot reach its database; try again in a moment").await
+                self.hang_up(
+                    Disconnect::ServiceNotAvailable,
+                    "the exam server cannot reach its database; try again in a moment",
+                )
+                .await
             }
         }
     }
@@ -258,9 +270,15 @@ impl Handler for Connection {
                 self.failed(user);
                 self.failures += 1;
                 tracing::info!(failures = self.failures, "password refused");
-                let methods =
-                    if self.failures < PASSWORD_ATTEMPTS { methods() } else { russh::MethodSet::empty() };
-                Ok(Auth::Reject { proceed_with_methods: Some(methods), partial_success: false })
+                if self.failures < PASSWORD_ATTEMPTS {
+                    return Ok(Self::retry());
+                }
+                Ok(self
+                    .hang_up(
+                        Disconnect::NoMoreAuthMethodsAvailable,
+                        "too many failed logins; connect again with the right password",
+                    )
+                    .await)
             }
             Err(error) => Ok(self.login_error(&error).await),
         }

@@ -6,7 +6,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use russh::keys::{Algorithm, HashAlg, PrivateKey, ssh_key::LineEnding};
+pub use russh::keys::PrivateKey;
+use russh::keys::{Algorithm, HashAlg, ssh_key::LineEnding};
 
 /// Why there is no host key.
 #[derive(Debug, thiserror::Error)]

@@ -229,6 +229,7 @@ where
         }
         let Ok(channel) = frame.try_get_u8() else { continue };
         match channel {
+            #[expect(clippy::collapsible_match, reason = "a guard cannot give the frame away")]
             STDOUT => {
                 if !frame.is_empty() && arrived.send(Ok(frame)).await.is_err() {
                     return Ok(());
