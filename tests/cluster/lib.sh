@@ -19,7 +19,7 @@ etcd_port=22379 etcd_peer_port=22380
 node=localhost
 bridge=carrel0 node_ip=10.231.0.1 pod_subnet=10.231.0.0/22 service_subnet=10.232.0.0/24
 # A network namespace that stands for the world outside the cluster.
-outside=carrel-outside outside_link=carrel-out0 outside_gateway=203.0.113.1 outside_ip=203.0.113.10
+outside=carrel-outside outside_link=carrel-out0 outside_gateway=198.51.100.1 outside_ip=198.51.100.10
 cgroup=carrel-cluster
 policy_table=carrel_policy_standin
 cni_network=carrel

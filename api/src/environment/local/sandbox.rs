@@ -4,6 +4,9 @@
 //! runs), bubblewrap outside, and the agent as the first process inside. The end of any of them is the end of all:
 //! bubblewrap dies with the guard, the agent with bubblewrap, everything else with the agent. The server is none of them.
 //!
+//! The limit on processes counts those of the sandbox's user namespace, from Linux 5.14 on; before that, those of the user, whom
+//! all environments share when the server is not root's.
+//!
 //! Not bounded here: processor time, and the memory of all processes together (each has its own limit). There is no seccomp
 //! filter: what keeps a candidate in are namespaces, no capability, `no_new_privs` and no further user namespaces.
 use std::{
@@ -119,6 +122,8 @@ struct Shape<'a> {
     uid: u32,
     home: String,
     storage: u64,
+    /// Further names of the user: clients such as Ansible write `~NAME` with the name that they logged in with.
+    aliases: Vec<String>,
 }
 
 impl<'a> Shape<'a> {
@@ -126,11 +131,20 @@ impl<'a> Shape<'a> {
         let user = spec.user.as_deref().unwrap_or(DEFAULT_USER);
         let (uid, home) =
             if user == "root" { (0, "/root".to_owned()) } else { (USER, format!("/home/{user}")) };
-        Self { user, uid, home, storage: spec.storage.unwrap_or(DEFAULT_STORAGE).max(4096) }
+        Self {
+            user,
+            uid,
+            home,
+            storage: spec.storage.unwrap_or(DEFAULT_STORAGE).max(4096),
+            aliases: Vec::new(),
+        }
     }
 
     fn passwd(&self) -> String {
-        let own = format!("{}:x:{}:{}:Candidate:{}:/bin/bash\n", self.user, self.uid, self.uid, self.home);
+        let line =
+            |name: &str| format!("{name}:x:{}:{}:Candidate:{}:/bin/bash\n", self.uid, self.uid, self.home);
+        // The user's own name first: that is the one which a uid is looked up as.
+        let own: String = line(self.user) + &self.aliases.iter().map(|name| line(name)).collect::<String>();
         let root = "root:x:0:0:root:/root:/usr/sbin/nologin\n";
         let nobody = "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n";
         format!("{}{own}{nobody}", if self.uid == 0 { "" } else { root })
@@ -243,7 +257,10 @@ impl Sandbox {
         socket: UnixListener,
     ) -> io::Result<Child> {
         let spec = &request.spec;
-        let shape = Shape::new(spec);
+        let mut shape = Shape::new(spec);
+        if let Some((user_id, session_id)) = request.owner {
+            shape.aliases = vec![session_id.to_string(), format!("{user_id}+{session_id}")];
+        }
         let mut descriptors = Descriptors::new()?;
         let mut options = self.options(&shape, &mut descriptors)?;
         let path = instance.agent_path(request.environment_id);
