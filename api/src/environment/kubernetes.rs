@@ -223,7 +223,7 @@ impl Inner {
         let Some(pod) = self.find(id).await? else {
             return Err(EnvironmentError::Unavailable("the pod has just gone".to_owned()));
         };
-        match phase::read(&pod, Duration::MAX, false).phase {
+        match phase::read(&pod, Duration::MAX, false).settled() {
             Phase::Starting { .. } | Phase::Up => Ok(()),
             Phase::Failed(reason) => Err(EnvironmentError::Refused(reason)),
             Phase::Ending => {

@@ -288,13 +288,12 @@ impl Observer {
                 event.involved_object.field_path.as_deref() == Some(&of_session)
                     && matches!(event.reason.as_deref(), Some("Pulled" | "Created" | "Started"))
             });
-            let last = events.iter().max_by_key(|event| {
-                event
-                    .last_timestamp
-                    .as_ref()
-                    .map(|time| time.0)
-                    .or(event.event_time.as_ref().map(|time| time.0))
-            });
+            let when = |event: &&Event| {
+                let last = event.last_timestamp.as_ref().map(|time| time.0);
+                last.or(event.event_time.as_ref().map(|time| time.0))
+            };
+            let taken = events.iter().find(|event| event.reason.as_deref().is_some_and(is_taking_away));
+            let last = taken.or_else(|| events.iter().max_by_key(when));
             seen.warning = last.filter(|event| event.type_.as_deref() == Some("Warning")).map(|event| {
                 let message = plain(event.message.as_deref().unwrap_or_default());
                 (event.reason.clone().unwrap_or_default(), message)

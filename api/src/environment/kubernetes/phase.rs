@@ -35,6 +35,16 @@ pub(super) struct Reading {
     pub(super) doubt: Option<Doubt>,
 }
 
+impl Reading {
+    /// For who does not wait: a first process that has ended is a failure, whatever may explain it later.
+    pub(super) fn settled(self) -> Phase {
+        match (self.phase, self.doubt) {
+            (Phase::Up, Some(doubt)) => Phase::Failed(doubt.reason),
+            (phase, _) => phase,
+        }
+    }
+}
+
 /// A state that may pass, and is a failure when it has stood for a while.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Doubt {

@@ -73,6 +73,8 @@ fn a_first_process_that_ends_says_how() {
     let (phase, doubt) = doubted(&recorded!("first-process-killed"));
     assert_eq!((phase, doubt.reason.code), (Phase::Up, ReasonCode::EnvironmentCrashed));
     assert!(doubt.reason.technical_details.contains("exit code 137"), "{doubt:?}");
+    assert_eq!(read(&recorded!("first-process-killed")).settled(), Phase::Failed(doubt.reason));
+    assert_eq!(read(&recorded!("running")).settled(), Phase::Up);
     assert_eq!(failed(&recorded!("first-process-out-of-memory")).0, ReasonCode::OutOfMemory);
     let (code, details) = failed(&recorded!("command-missing"));
     assert_eq!(code, ReasonCode::EnvironmentCrashed);
