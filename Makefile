@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint bench cluster-up cluster-down test-cluster bench-cluster fuzz report clean
+.PHONY: help setup build demo test lint bench cluster-up cluster-down test-cluster clean
 
 TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 AGENT := target/agent/$(TARGET)/agent/carrel-agent
@@ -48,6 +48,10 @@ cluster-up: ## Bring a real single-node Kubernetes up on this machine
 
 cluster-down: ## End it and leave nothing
 	@tests/cluster/down
+
+test-cluster: build ## Run the tests that need it on that Kubernetes (brings it up and down)
+	@.ci/setup test
+	@tests/run cluster
 
 clean: ## Remove what was built
 	rm -rf target gateway/page/dist gateway/page/node_modules
