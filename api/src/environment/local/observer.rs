@@ -28,6 +28,10 @@ use crate::{
 const LOOK: Duration = Duration::from_secs(1);
 /// Last words that are kept of each environment, bytes.
 const LAST_WORDS: usize = 2048;
+/// Bytes of an environment's stderr that are read as fast as they come.
+const EAGER: usize = 64 * 1024;
+/// Pause after each read once there were more.
+const SLOW: Duration = Duration::from_millis(100);
 /// Index into [`crate::session::STEPS`] while the processes are being started.
 const STARTING: usize = 2;
 
@@ -180,14 +184,20 @@ pub(super) fn watch_child(inner: &Arc<Inner>, id: EnvironmentId, mut child: Chil
     });
 }
 
-/// Reads to the end and keeps the end.
+/// Reads to the end and keeps the end. A tenant can write here too: past [`EAGER`] bytes it is read slowly, so that this costs
+/// no processor time; whoever writes then waits.
 async fn last_words(mut stderr: pipe::Receiver) -> String {
     let mut kept = Vec::new();
+    let mut total = 0usize;
     let mut chunk = [0; 512];
     while let Ok(count @ 1..) = stderr.read(&mut chunk).await {
         kept.extend_from_slice(chunk.get(..count).unwrap_or_default());
         let surplus = kept.len().saturating_sub(LAST_WORDS);
         kept.drain(..surplus);
+        total = total.saturating_add(count);
+        if total > EAGER {
+            tokio::time::sleep(SLOW).await;
+        }
     }
     String::from_utf8_lossy(&kept).chars().map(|it| if it.is_control() { ' ' } else { it }).collect()
 }
