@@ -78,6 +78,9 @@ impl Pods {
                 kubeconfig: Some(directory.path().join("kubeconfig")),
                 agent_image: Some(variable("CARREL_CLUSTER_AGENT_IMAGE", "carrel.test/agent:dev")),
                 default_image: Some(variable("CARREL_CLUSTER_SESSION_IMAGE", "carrel.test/session:dev")),
+                // Many small exams on a small machine: what is reserved must not be what is tested.
+                cpu_request_percent: 1,
+                memory_request_percent: 25,
                 ..KubernetesOptions::default()
             },
             namespace: namespace.clone(),
