@@ -20,7 +20,8 @@ use utoipa::{
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 pub use self::create::{CreateError, start};
-use self::{error::ApiError, origin::Origins};
+pub use self::origin::Origins;
+use self::error::ApiError;
 use crate::{access::Auth, environment::Environment, lifecycle::Lifecycle, store::Store};
 
 pub(crate) mod body;

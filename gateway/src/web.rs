@@ -9,17 +9,18 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{any, get, post},
 };
-use carrel_api::{credential::Auth, http::Public};
+use carrel_api::{
+    credential::Auth,
+    http::{Origins, Public},
+};
 use tokio::{sync::Semaphore, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::origin::Origins;
 use crate::bridge::Bridge;
 
 mod attachment;
 mod frame;
 mod login;
-mod origin;
 mod page;
 mod terminal;
 mod utf8;
