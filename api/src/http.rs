@@ -20,8 +20,8 @@ use utoipa::{
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 pub use self::create::{CreateError, start};
-pub use self::origin::Origins;
 use self::error::ApiError;
+pub use self::origin::Origins;
 use crate::{access::Auth, environment::Environment, lifecycle::Lifecycle, store::Store};
 
 pub(crate) mod body;

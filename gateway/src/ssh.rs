@@ -60,7 +60,12 @@ pub struct Ssh {
 
 impl Ssh {
     /// One server with one host key.
-    pub fn new(auth: Arc<Auth>, bridge: Arc<Bridge>, host_key: PrivateKey, exempt: Vec<throttle::Cidr>) -> Self {
+    pub fn new(
+        auth: Arc<Auth>,
+        bridge: Arc<Bridge>,
+        host_key: PrivateKey,
+        exempt: Vec<throttle::Cidr>,
+    ) -> Self {
         let config = Config {
             server_id: SshId::Standard(concat!("SSH-2.0-Carrel_", env!("CARGO_PKG_VERSION")).into()),
             methods: methods(),
@@ -96,7 +101,8 @@ impl Ssh {
                         continue;
                     }
                     let span = tracing::info_span!("ssh", %peer, user_id = tracing::field::Empty, session_id = tracing::field::Empty);
-                    connections.spawn(Arc::clone(&self).connection(stream, peer, shutdown.clone()).instrument(span));
+                    connections
+                        .spawn(Arc::clone(&self).connection(stream, peer, shutdown.clone()).instrument(span));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
@@ -111,14 +117,21 @@ impl Ssh {
         }
     }
 
-    async fn connection(self: Arc<Self>, mut stream: TcpStream, peer: SocketAddr, shutdown: CancellationToken) {
+    async fn connection(
+        self: Arc<Self>,
+        mut stream: TcpStream,
+        peer: SocketAddr,
+        shutdown: CancellationToken,
+    ) {
         let dice = rand::rng().random();
         let place = match self.throttle.admit(peer.ip(), std::time::Instant::now(), dice) {
             Ok(place) => place,
             Err(refused) => {
                 tracing::info!(?refused, "a connection was refused before its login");
                 let line = match refused {
-                    throttle::Refused::Busy => "Too many people are logging in; try again in a few seconds\r\n".to_owned(),
+                    throttle::Refused::Busy => {
+                        "Too many people are logging in; try again in a few seconds\r\n".to_owned()
+                    }
                     throttle::Refused::Penalty(wait) => format!(
                         "Too many failed logins from your address; try again in {} s\r\n",
                         wait.as_secs()
@@ -205,8 +218,13 @@ fn methods() -> MethodSet {
 /// Elliptic curves only: a finite-field exchange costs 87 to 713 ms of server time before any login, and three of them a
 /// second stop everybody (CVE-2002-20001). AES-GCM first: it is the fastest here and needs no MAC; ChaCha20 is left out for CVE-2023-48795's sake even where strict key exchange is spoken.
 fn preferred() -> Preferred {
-    const CIPHERS: &[cipher::Name] =
-        &[cipher::AES_128_GCM, cipher::AES_256_GCM, cipher::AES_256_CTR, cipher::AES_192_CTR, cipher::AES_128_CTR];
+    const CIPHERS: &[cipher::Name] = &[
+        cipher::AES_128_GCM,
+        cipher::AES_256_GCM,
+        cipher::AES_256_CTR,
+        cipher::AES_192_CTR,
+        cipher::AES_128_CTR,
+    ];
     const KEX: &[kex::Name] = &[
         kex::MLKEM768X25519_SHA256,
         kex::CURVE25519,

@@ -263,7 +263,8 @@ impl Auth {
     /// [`LoginError`].
     pub async fn trade(&self, ticket: &str) -> Result<(Access, Cookie), LoginError> {
         let taken = self.take(ticket, &[TicketKind::Page, TicketKind::Terminal]).await;
-        let taken = taken.and_then(|access| if access.watches { Err(LoginError::Denied) } else { Ok(access) });
+        let taken =
+            taken.and_then(|access| if access.watches { Err(LoginError::Denied) } else { Ok(access) });
         let access = self.counted(How::Ticket, taken)?;
         let expiry = seconds_now().saturating_add(COOKIE_SECONDS);
         let value = Zeroizing::new(format!(

@@ -117,14 +117,11 @@ impl SessionBody {
             user_id: session.user_id,
             exam_id: session.exam_id.clone(),
             lifecycle_state: session.state,
-            lifecycle_reason: session
-                .reason
-                .as_ref()
-                .map(|reason| ReasonBody {
-                    code: reason.code,
-                    message: reason.code.user_message(),
-                    technical_details: details.then(|| reason.technical_details.clone()),
-                }),
+            lifecycle_reason: session.reason.as_ref().map(|reason| ReasonBody {
+                code: reason.code,
+                message: reason.code.user_message(),
+                technical_details: details.then(|| reason.technical_details.clone()),
+            }),
             started_at: session.started_at.map(time),
             ready_at: session.ready_at.map(time),
             ends_at: session.ends_at().map(time),

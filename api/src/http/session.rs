@@ -105,7 +105,10 @@ pub async fn post(
     )
 )]
 pub async fn get(State(state): State<ApiState>, seen: Seen) -> Data<SessionBody> {
-    Data(StatusCode::OK, SessionBody::new(&seen.session, state.lifecycle().now_ms(), seen.caller.sees_details()))
+    Data(
+        StatusCode::OK,
+        SessionBody::new(&seen.session, state.lifecycle().now_ms(), seen.caller.sees_details()),
+    )
 }
 
 /// Whose active session.
