@@ -327,7 +327,8 @@ pub async fn two_environments_share_nothing(backend: &mut impl Backend) {
     // b cannot see a's processes, and a signal to everything it can reach does not reach them.
     b.refused(&["grep -l carrel-share[d] /proc/[0-9]*/cmdline"]).await;
     // It may take the program that carries the stream with it: its own end is not asked for.
-    drop(b.start("kill -KILL -1").await);
+    let mut killer = b.start("kill -KILL -1").await;
+    while let Ok(Some(_)) = killer.stdout.read().await {}
     a.text("perl -MSocket -e 'socket($t, AF_INET, SOCK_STREAM, 0); connect($t, pack_sockaddr_in(4242, INADDR_LOOPBACK)) or exit 1'").await;
     b.ready().await;
 }
