@@ -1,7 +1,7 @@
 //! The SSH server: accepts connections under limits, lets in whoever owns a session, and runs one task per channel.
 //!
-//! The only module that knows russh. What a channel does is in [`channel`], one function read from top to bottom;
-//! [`connection`] folds the protocol's callbacks into its inputs.
+//! The only module that knows russh. What a channel does is in `channel`, one function read from top to bottom;
+//! `connection` folds the protocol's callbacks into its inputs.
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use carrel_api::access::Auth;
@@ -87,7 +87,7 @@ impl Ssh {
         Self { auth, bridge, throttle: Throttle::new(exempt), config: Arc::new(config) }
     }
 
-    /// Serves `listener` until `shutdown`, then gives the open connections [`LAST_WORDS`].
+    /// Serves `listener` until `shutdown`, then gives the open connections a few seconds for last words.
     pub async fn serve(self: Arc<Self>, listener: TcpListener, shutdown: CancellationToken) {
         let connections = TaskTracker::new();
         loop {
