@@ -16,6 +16,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import struct
 import subprocess
 import tempfile
@@ -606,13 +607,22 @@ class Server:
         found = processes_that_mention(*self.marks)
         return {pid: line for pid, line in found.items() if not self.process or pid != self.process.pid}
 
+    def unended(self) -> set[str]:
+        """Sessions of its SQLite database that have not ended, also those that somebody else has made."""
+        database = self.data_dir / "carrel.db"
+        if not database.is_file():
+            return set()
+        with contextlib.closing(sqlite3.connect(database, timeout=10)) as connection:
+            rows = connection.execute("select id from session where state not in ('terminated', 'failed')")
+            return {row[0] for row in rows}
+
     def close(self) -> None:
         """Ends all sessions, then the server, and fails when something stays."""
         try:
             if self.process and self.process.poll() is None:
-                for session in self.sessions:
+                for session in {session.id for session in self.sessions} | self.unended():
                     with contextlib.suppress(httpx.HTTPError):
-                        session.terminate()
+                        self.http("POST", f"/sessions/{session}/terminate")
                 with contextlib.suppress(Late):
                     wait_until("the environments to end", lambda: not self.environments(), within=20)
                 status = self.stop()
