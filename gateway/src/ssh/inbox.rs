@@ -8,7 +8,8 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+use carrel_agent::flow::Blocks;
 use tokio::sync::Notify;
 
 /// The window of an unhurried channel, bytes.
@@ -23,8 +24,6 @@ const STALL_MARK: usize = HIGH_MARK + FULL_WINDOW as usize;
 const DRIP_WINDOW: u32 = 2;
 /// What a connection may make us hold: the first window of each of its channels, and as much again as one stalled channel takes. A client that sends more ignores its window.
 pub const CONNECTION_LIMIT: usize = FULL_WINDOW as usize * super::CHANNELS_PER_CONNECTION + 2 * STALL_MARK;
-/// One read hands out at most this many bytes.
-const READ: usize = 64 << 10;
 
 /// Bytes waiting on all channels of one connection.
 #[derive(Debug, Default)]
@@ -61,12 +60,13 @@ impl Load {
 
 #[derive(Debug, Default)]
 struct State {
-    bytes: BytesMut,
+    bytes: Blocks,
     eof: bool,
     closed: bool,
 }
 
-/// One channel's queue. Its length is bounded by the windows granted ([`Load`]); small packets are joined.
+/// One channel's queue. Its length is bounded by the windows granted ([`Load`]); small packets are joined into blocks, each of
+/// which is freed as soon as it has been read.
 #[derive(Debug)]
 pub struct Inbox {
     state: Mutex<State>,
@@ -86,7 +86,7 @@ impl Inbox {
         if state.closed || state.eof {
             return;
         }
-        state.bytes.extend_from_slice(data);
+        state.bytes.push(data);
         drop(state);
         self.load.add(data.len());
         self.arrived.notify_one();
@@ -103,7 +103,7 @@ impl Inbox {
         let mut state = self.lock();
         state.closed = true;
         self.load.take(state.bytes.len());
-        state.bytes = BytesMut::new();
+        state.bytes.clear();
         drop(state);
         self.arrived.notify_one();
     }
@@ -114,14 +114,8 @@ impl Inbox {
             let arrived = self.arrived.notified();
             {
                 let mut state = self.lock();
-                if !state.bytes.is_empty() {
-                    let length = state.bytes.len().min(READ);
-                    let chunk = state.bytes.split_to(length).freeze();
-                    if state.bytes.is_empty() {
-                        // A burst's allocation is not kept for the life of an idle shell.
-                        state.bytes = BytesMut::new();
-                    }
-                    self.load.take(length);
+                if let Some(chunk) = state.bytes.pop() {
+                    self.load.take(chunk.len());
                     return Some(chunk);
                 }
                 if state.eof || state.closed {
