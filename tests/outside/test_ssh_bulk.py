@@ -143,8 +143,8 @@ def two_way(ssh: Ssh, total: int, rate: float, timeout: float) -> tuple[int, boo
     [
         pytest.param(256 * MIB, 0, id="256MiB-fast"),
         pytest.param(256 * MIB, 20e6, id="256MiB-at-20MBps"),
-        pytest.param(2048 * MIB, 0, id="2GiB-fast", marks=pytest.mark.slow),
-        pytest.param(2048 * MIB, 20e6, id="2GiB-at-20MBps", marks=pytest.mark.slow),
+        pytest.param(2048 * MIB, 0, id="2GiB-fast", marks=[pytest.mark.slow, pytest.mark.timeout(240)]),
+        pytest.param(2048 * MIB, 20e6, id="2GiB-at-20MBps", marks=[pytest.mark.slow, pytest.mark.timeout(240)]),
     ],
 )
 def test_two_way_bulk_neither_stands_still_nor_grows_memory(busy: tuple[Server, Session], total: int, rate: float) -> None:
