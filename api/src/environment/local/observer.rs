@@ -16,7 +16,7 @@ use tokio::{io::AsyncReadExt, net::unix::pipe, sync::watch};
 
 use super::{
     Inner,
-    directory::{Locked, Stage, Wait, record},
+    directory::{Locked, Record, Stage, Wait, record},
     processes,
 };
 use crate::{
@@ -87,34 +87,34 @@ fn unseen(last: &Observation, why: String) -> Observation {
 impl Inner {
     /// Everything there is.
     pub(super) fn look(&self) -> io::Result<Observation> {
-        let mut environments = BTreeMap::new();
-        // Directories first: one whose processes start in between is seen as it was, and looked at again soon.
-        let ids = self.directories()?;
+        // Records first: one whose processes start in between is seen as it was, and looked at again soon. The other way round an
+        // environment that has just started would look as if its processes had ended.
+        // Without a record it is about to be made, or about to be removed.
+        let known = self.directories()?.into_iter().filter_map(|id| Some((id, record(&self.path(id))?)));
+        let known: Vec<(EnvironmentId, Record)> = known.collect();
         let running = processes::all(self.instance)?;
-        for id in ids {
-            if let Some(observed) = self.observed(id, running.contains_key(&id)) {
-                environments.insert(id, observed);
-            }
-        }
+        let observed = |(id, record): (EnvironmentId, Record)| {
+            let observed = self.observed(id, &record, running.contains_key(&id));
+            (id, observed)
+        };
+        let environments: BTreeMap<_, _> = known.into_iter().map(observed).collect();
         Ok(Observation { complete: true, unavailable: None, environments })
     }
 
-    fn observed(&self, id: EnvironmentId, running: bool) -> Option<Observed> {
-        // Without a record it is about to be made, or about to be removed.
-        let record = record(&self.path(id))?;
+    fn observed(&self, id: EnvironmentId, record: &Record, running: bool) -> Observed {
         let phase = match record.stage {
             Stage::Ending => Phase::Ending,
             _ if running => Phase::Up,
             Stage::Making => Phase::Starting { step: STARTING, reachable: false },
-            Stage::Started => Phase::Failed(self.why_ended(id, &record)),
+            Stage::Started => Phase::Failed(self.why_ended(id, record)),
         };
-        Some(Observed {
+        Observed {
             phase,
             name: id.to_string(),
             namespace: "local".into(),
             created_at: record.created_at,
             warm: record.owner.is_none(),
-        })
+        }
     }
 
     fn directories(&self) -> io::Result<Vec<EnvironmentId>> {
