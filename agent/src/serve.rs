@@ -13,7 +13,7 @@ use h2::{Ping, PingPong};
 use rustix::process::{DumpableBehavior, Pid, Resource, Rlimit};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::UnixListener,
+    net::{UnixListener, UnixStream},
     signal::unix::{SignalKind, signal},
     sync::Semaphore,
     time::{sleep, timeout},
@@ -106,14 +106,17 @@ pub fn run(options: Serve) -> io::Result<()> {
         });
         let slots = Arc::new(Semaphore::new(CONNECTIONS));
         if let Some(listener) = direct {
-            tokio::spawn(accept_direct(
-                Arc::clone(&agent),
-                UnixListener::from_std(listener)?,
-                Arc::clone(&slots),
-            ));
+            let agent = Arc::clone(&agent);
+            let serve = move |stream| connection(Arc::clone(&agent), stream);
+            tokio::spawn(accept(UnixListener::from_std(listener)?, Arc::clone(&slots), serve));
         }
         if let Some(listener) = handed {
-            tokio::spawn(accept_handed(Arc::clone(&agent), UnixListener::from_std(listener)?, slots));
+            let agent = Arc::clone(&agent);
+            let serve = move |peer| {
+                let agent = Arc::clone(&agent);
+                handoff::serve(peer, |io| connection(agent, io))
+            };
+            tokio::spawn(accept(UnixListener::from_std(listener)?, slots, serve));
         }
         told_to_end().await?;
         farewell(&agent).await;
@@ -184,7 +187,11 @@ fn bind(path: &Path) -> io::Result<StdListener> {
     Ok(listener)
 }
 
-async fn accept_direct(agent: Arc<Agent>, listener: UnixListener, slots: Arc<Semaphore>) {
+/// Serves each connection in a task of its own, as many at once as there are slots; further ones are closed.
+async fn accept<F>(listener: UnixListener, slots: Arc<Semaphore>, serve: impl Fn(UnixStream) -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
     loop {
         let Ok((stream, _)) = listener.accept().await else {
             // Out of descriptors: some will be closed.
@@ -192,25 +199,9 @@ async fn accept_direct(agent: Arc<Agent>, listener: UnixListener, slots: Arc<Sem
             continue;
         };
         if let Ok(slot) = Arc::clone(&slots).try_acquire_owned() {
-            let agent = Arc::clone(&agent);
+            let served = serve(stream);
             tokio::spawn(async move {
-                connection(agent, stream).await;
-                drop(slot);
-            });
-        }
-    }
-}
-
-async fn accept_handed(agent: Arc<Agent>, listener: UnixListener, slots: Arc<Semaphore>) {
-    loop {
-        let Ok((stream, _)) = listener.accept().await else {
-            sleep(Duration::from_millis(100)).await;
-            continue;
-        };
-        if let Ok(slot) = Arc::clone(&slots).try_acquire_owned() {
-            let agent = Arc::clone(&agent);
-            tokio::spawn(async move {
-                handoff::serve(stream, |io| connection(agent, io)).await;
+                served.await;
                 drop(slot);
             });
         }
