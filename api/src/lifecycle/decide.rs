@@ -3,6 +3,7 @@
 //! Everything the lifecycle knows about *when* stands here; how it is done is `act`'s.
 use crate::{
     environment::{Observation, Phase},
+    identity::EnvironmentId,
     reason::{Reason, ReasonCode},
     session::{Session, State},
 };
@@ -27,7 +28,13 @@ impl Seen {
     /// What the last look says about this session.
     #[must_use]
     pub fn of(session: &Session, observation: &Observation) -> Self {
-        match session.environment_id.and_then(|id| observation.environments.get(&id)) {
+        Self::at(session.environment_id, observation)
+    }
+
+    /// What the last look says about this environment.
+    #[must_use]
+    pub fn at(id: Option<EnvironmentId>, observation: &Observation) -> Self {
+        match id.and_then(|id| observation.environments.get(&id)) {
             Some(observed) => Self::Present(observed.phase.clone()),
             None if observation.complete && observation.unavailable.is_none() => Self::Absent,
             None => Self::Unknown,
