@@ -5,7 +5,7 @@ use crate::{
     environment::{Observation, Phase},
     identity::EnvironmentId,
     reason::{Reason, ReasonCode},
-    session::{Session, State},
+    session::{STEPS, Session, State},
 };
 
 /// From the making of a session until it must be ready, ms.
@@ -114,7 +114,18 @@ fn deadline(session: &Session) -> (i64, Step) {
             let (until, code) = earlier((over, ReasonCode::TimeExpired), abandoned);
             (until, State::Terminated, code)
         }
-        _ => (session.created_at.saturating_add(START_TIMEOUT_MS), State::Failed, ReasonCode::StartTimeout),
+        _ => {
+            let step = session.step.min(STEPS.len() - 1);
+            let details = format!(
+                "The environment was not ready within {} seconds. It stood at step {} of {}: {}",
+                START_TIMEOUT_MS / 1000,
+                step + 1,
+                STEPS.len(),
+                STEPS.get(step).copied().unwrap_or_default()
+            );
+            let until = session.created_at.saturating_add(START_TIMEOUT_MS);
+            return (until, end(State::Failed, Reason::new(ReasonCode::StartTimeout, details)));
+        }
     };
     (until, end(to, code.into()))
 }

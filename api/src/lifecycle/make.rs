@@ -29,8 +29,8 @@ const PROBE: (Duration, Duration) = (Duration::from_millis(25), Duration::from_m
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
 /// A look without an event while there is nothing to reach.
 const LOOK: Duration = Duration::from_secs(1);
-/// Attempts to run the setup script when the connection is lost under it; it runs once, the agent sees to that.
-const SETUP_ATTEMPTS: usize = 3;
+/// Between two attempts to reach an agent whose connection was lost under the setup script.
+const REACH_AGAIN: Duration = Duration::from_millis(500);
 /// Index into [`crate::session::STEPS`] while the setup script runs.
 const PREPARING: usize = 3;
 
@@ -184,10 +184,10 @@ impl Making<'_> {
         }
     }
 
-    /// Runs the exam's script, which has until the start is overdue.
+    /// Runs the exam's script, which has until the start is overdue. The agent runs it once, however often it is asked: when the
+    /// connection is lost under it, the next one learns its end.
     async fn set_up(&self, mut link: Arc<Link>, script: &str) -> Result<(), Stop> {
         let failed = |details: String| Stop::Fail(Reason::new(ReasonCode::SetupFailed, details));
-        let mut attempt = 1;
         loop {
             let result = tokio::select! {
                 () = self.cancel.cancelled() => return Err(Stop::Yield),
@@ -205,16 +205,14 @@ impl Making<'_> {
                 Err(LinkError::Refused(said)) => {
                     return Err(failed(format!("The setup script was refused: {said}")));
                 }
-                Err(error) if attempt >= SETUP_ATTEMPTS => {
-                    return Err(failed(format!("The setup script's end was not learned: {error}")));
-                }
                 Err(error) => tracing::warn!(%error, "the connection was lost under the setup script"),
             }
-            attempt += 1;
-            self.sleep(PROBE.1).await?;
-            if let Some(again) = self.probe().await? {
-                link = again;
-            }
+            link = loop {
+                self.sleep(REACH_AGAIN).await?;
+                if let Some(link) = self.probe().await? {
+                    break link;
+                }
+            };
         }
     }
 
