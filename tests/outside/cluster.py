@@ -28,8 +28,8 @@ class Cluster:
         self.directory = Path(os.environ["CARREL_CLUSTER_DIR"])
         self.session_image = os.environ["CARREL_CLUSTER_SESSION_IMAGE"]
         self.agent_image = os.environ["CARREL_CLUSTER_AGENT_IMAGE"]
-        self.namespaces: set[str] = set()
-        """Those that were made here and not deleted yet."""
+        self.namespaces: dict[str, Namespace] = {}
+        """Those that were made here and are not known to be gone."""
 
     @staticmethod
     def lacking() -> str | None:
@@ -43,7 +43,7 @@ class Cluster:
     def kubectl(self, *words: str, namespace: str | None = None, input: bytes | None = None, timeout: float = 60) -> str:
         """What `kubectl` prints, as the cluster's administrator; fails unless it exits with 0."""
         within = ["--namespace", namespace] if namespace else []
-        argv = ["kubectl", "--kubeconfig", str(self.admin), "--request-timeout", "30s", *within, *words]
+        argv = ["kubectl", "--kubeconfig", str(self.admin), *within, *words]
         stdin: dict[str, Any] = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
         done = subprocess.run(argv, capture_output=True, timeout=timeout, **stdin)
         assert done.returncode == 0, f"kubectl {' '.join(words)}: status {done.returncode}, {done.stderr.decode(errors='replace')[-1500:]}"
@@ -51,7 +51,19 @@ class Cluster:
 
     def namespace(self, name: str | None = None) -> Namespace:
         """A new namespace, by default with a name that nobody else has."""
-        return Namespace(self, name or f"outside-{uuid.uuid4().hex[:10]}")
+        made = Namespace(self, name or f"outside-{uuid.uuid4().hex[:10]}")
+        self.namespaces[made.name] = made
+        made.create()
+        return made
+
+    def close(self) -> None:
+        """Deletes all namespaces that were made here, and waits until they are gone; fails if nobody had deleted them before."""
+        forgotten = sorted(name for name, namespace in self.namespaces.items() if not namespace.deletion)
+        for namespace in self.namespaces.values():
+            namespace.delete()
+        for namespace in list(self.namespaces.values()):
+            namespace.wait_gone()
+        assert not forgotten, f"nobody deleted the namespaces {forgotten}"
 
 
 class Namespace:
@@ -60,13 +72,16 @@ class Namespace:
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.cluster = cluster
         self.name = name
-        cluster.namespaces.add(name)
-        done = subprocess.run(
-            [SCRIPTS / "namespace", "create", name, ROLE], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90
-        )
-        assert done.returncode == 0, f"the namespace {name} cannot be made: {done.stderr[-1500:]}"
-        self.kubeconfig = Path(done.stdout.split()[-1])
+        self.kubeconfig = Path()
         """Of a service account that has `charts/rbac.yaml` and no other right."""
+        self.deletion: subprocess.Popen[str] | None = None
+
+    def create(self) -> None:
+        """Makes it; see [`Cluster.namespace`]."""
+        argv = [SCRIPTS / "namespace", "create", self.name, ROLE]
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90)
+        assert done.returncode == 0, f"the namespace {self.name} cannot be made: {done.stderr[-1500:]}"
+        self.kubeconfig = Path(done.stdout.split()[-1])
 
     def kubectl(self, *words: str, input: bytes | None = None, timeout: float = 60) -> str:
         """As [`Cluster.kubectl`], in this namespace."""
@@ -80,18 +95,32 @@ class Namespace:
         """Pods by their names, those that are being deleted too."""
         return {item["metadata"]["name"]: item for item in self.objects("pods")}
 
-    def environments(self) -> dict[str, str]:
-        """What was made for single environments, pods and network policies: KIND/NAME, and for a pod its phase."""
+    def environments(self, environment_id: str | None = None) -> dict[str, str]:
+        """What was made for one environment or for all, pods and network policies: KIND/NAME, and for a pod its phase."""
         found = {}
         for item in self.objects("pods,networkpolicies"):
-            if item["kind"] == "Pod" or ENVIRONMENT_LABEL in item["metadata"].get("labels", {}):
+            owner = item["metadata"].get("labels", {}).get(ENVIRONMENT_LABEL)
+            if environment_id and owner != environment_id:
+                continue
+            if owner or item["kind"] == "Pod":
                 found[f"{item['kind']}/{item['metadata']['name']}"] = item.get("status", {}).get("phase", "")
         return found
 
     def delete(self) -> None:
-        """Deletes it with all that is in it, and waits until it is gone."""
-        done = subprocess.run(
-            [SCRIPTS / "namespace", "delete", self.name], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=150
-        )
-        assert done.returncode == 0, f"the namespace {self.name} cannot be deleted: {done.stderr[-1500:]}"
-        self.cluster.namespaces.discard(self.name)
+        """Begins to delete it with all that is in it. This takes seconds; [`Cluster.close`] sees to the end."""
+        if not self.deletion:
+            argv = [SCRIPTS / "namespace", "delete", self.name]
+            self.deletion = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+            )
+
+    def wait_gone(self) -> None:
+        """Waits for the end of [`Namespace.delete`]."""
+        assert self.deletion, f"nobody deletes the namespace {self.name}"
+        try:
+            _, said = self.deletion.communicate(timeout=150)
+        except subprocess.TimeoutExpired:
+            self.deletion.kill()
+            raise AssertionError(f"the namespace {self.name} is not gone after 150 s") from None
+        assert self.deletion.returncode == 0, f"the namespace {self.name} cannot be deleted: {said[-1500:]}"
+        self.cluster.namespaces.pop(self.name, None)

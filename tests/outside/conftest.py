@@ -22,6 +22,14 @@ PODS = os.environ.get("CARREL_TEST_ENVIRONMENT", "local") == "kubernetes"
 """Are the environments of the shared fixtures pods?"""
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On pods, leaves out what is about the sandboxes of this machine."""
+    if PODS:
+        local = [item for item in items if item.get_closest_marker("local")]
+        config.hook.pytest_deselected(items=local)
+        items[:] = [item for item in items if item not in set(local)]
+
+
 @pytest.fixture(scope="session")
 def work() -> Iterator[Path]:
     """The directory below which everything of a run lives. At the end no process and no mount may refer to it."""
@@ -63,10 +71,7 @@ def cluster() -> Iterator[Cluster]:
         pytest.skip(lacking)
     cluster = Cluster()
     yield cluster
-    left = sorted(cluster.namespaces)
-    for name in left:
-        cluster.kubectl("delete", "namespace", name, "--ignore-not-found", "--wait=false")
-    assert not left, f"the run left namespaces: {left}"
+    cluster.close()
 
 
 @pytest.fixture(scope="session")

@@ -445,6 +445,14 @@ class Session:
         """A single-use ticket for the terminal's WebSocket."""
         return self.server.ok("POST", f"/sessions/{self.id}/terminal-ticket")["ticket"]
 
+    def environment(self) -> dict[str, str]:
+        """What there is of its environment: processes of this machine, or its pod and network policy."""
+        return self.server.environments(self.get()["environment"]["environment_id"])
+
+    def kill_environment(self) -> None:
+        """As [`Server.kill_environments`], of this session."""
+        self.server.kill_environments(self.get()["environment"]["environment_id"])
+
     @property
     def http_base(self) -> str:
         """`http://HOST:PORT` of the server."""
@@ -624,19 +632,22 @@ class Server:
             session.wait_state("ready")
         return session
 
-    def environments(self) -> dict[str, str]:
-        """What there is of this server's environments: processes (not the server itself), or pods and network policies."""
+    def environments(self, environment_id: str | None = None) -> dict[str, str]:
+        """What there is of one environment or of all: processes (not the server itself), or pods and network policies."""
         if self.namespace:
-            return self.namespace.environments()
-        found = processes_that_mention(*self.marks)
+            return self.namespace.environments(environment_id)
+        found = processes_that_mention(*([environment_id] if environment_id else self.marks))
         return {str(pid): line for pid, line in found.items() if not self.process or pid != self.process.pid}
 
-    def kill_environments(self) -> None:
-        """Ends all environments without a chance to tidy up, as a fault would."""
+    def kill_environments(self, environment_id: str | None = None) -> None:
+        """Ends one environment or all without a chance to tidy up, as a fault would."""
+        found = self.environments(environment_id)
+        assert found, "nothing of the environment is found: this test is broken"
         if self.namespace:
-            self.namespace.kubectl("delete", "pods", "--all", "--grace-period=0", "--force", "--wait=false")
+            pods = [name for name in found if name.startswith("Pod/")]
+            self.namespace.kubectl("delete", *pods, "--grace-period=0", "--force", "--wait=false")
             return
-        for pid in self.environments():
+        for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
 
