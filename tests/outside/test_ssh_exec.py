@@ -19,6 +19,8 @@ import pytest
 
 from harness import Master, Server, Session, free_port, told, wait_until
 
+pytestmark = pytest.mark.pods
+
 
 @pytest.fixture(scope="module")
 def shared(session: Session) -> Iterator[Master]:
