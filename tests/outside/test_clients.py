@@ -314,9 +314,8 @@ def test_puttys_plink_and_pscp(session: Session, tmp_path: Path, auth: str) -> N
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("pipelining", [False, True], ids=["files", "pipelining"])
+@pytest.mark.parametrize("pipelining", [False, pytest.param(True, marks=pytest.mark.pods)], ids=["files", "pipelining"])
 @pytest.mark.parametrize("auth", ["password", "key"])
-@pytest.mark.pods
 def test_ansible(session: Session, tmp_path: Path, auth: str, pipelining: bool) -> None:
     ssh = session.ssh
     inventory = {
