@@ -33,6 +33,9 @@ pub enum Input {
 pub struct Attachment {
     shared: Arc<Shared>,
     reading: AbortHandle,
+    sending: AbortHandle,
+    /// The client's name, if it has one: see [`carrel_agent::wire::ProcessSpec::attachment`].
+    pub name: Option<String>,
     /// Looks only: it does not keep the terminal, and what it sends is dropped.
     pub watches: bool,
 }
@@ -65,6 +68,7 @@ impl Attachment {
     /// notified when there is room again or the client has gone; `seat` is dropped at once when it has.
     pub fn new(
         (input, output): (Inbound, Outbound),
+        name: Option<String>,
         keys: mpsc::Sender<Input>,
         progress: Arc<Notify>,
         watches: bool,
@@ -76,13 +80,19 @@ impl Attachment {
             lost: AtomicBool::new(false),
             progress,
         });
-        let sending = Arc::clone(&shared);
-        tokio::spawn(async move {
-            send(output, sending).await;
+        let queue = Arc::clone(&shared);
+        let sending = tokio::spawn(async move {
+            send(output, queue).await;
             drop(seat);
-        });
+        })
+        .abort_handle();
         let reading = tokio::spawn(receive(input, keys, watches)).abort_handle();
-        Self { shared, reading, watches }
+        Self { shared, reading, sending, name, watches }
+    }
+
+    /// Lets go of the client at once, with what waits for it: its stream is reset and its seat is free.
+    pub fn abandon(self) {
+        self.sending.abort();
     }
 
     /// Has the client gone?

@@ -36,9 +36,9 @@ const CONNECTIONS: usize = 64;
 /// A peer that has not said that it speaks HTTP/2 after this long is let go.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// A peer is asked this often whether it is there.
-const PING_EVERY: Duration = Duration::from_secs(20);
+const PING_EVERY: Duration = Duration::from_secs(15);
 /// A peer that has not answered after this long is gone.
-const PING_TIMEOUT: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(15);
 /// What runs is given this long to end when the agent has to.
 const FAREWELL: Duration = Duration::from_secs(1);
 

@@ -11,7 +11,8 @@
 //! | `GET /v1/health` | – | – | 200 [`Health`] |
 //!
 //! `{id}` is chosen by the client: 1 to 64 characters of `[A-Za-z0-9-]`, never used before on this agent. A stream that is reset
-//! by the client means that the client is gone: its process group gets HUP, after 5 s KILL; a kept terminal is detached instead.
+//! by the client, or lost with its connection, means that the client is gone: its process group gets HUP, after 5 s KILL; a kept
+//! terminal is detached instead. A client whose connection was lost asks for the very same terminal with [`ProcessSpec::terminal`].
 //! The answer to a process on pipes ends when nobody holds its stdout or stderr any more, as with sshd; that to a terminal as soon as
 //! its process has ended and everything written was passed on. A stderr that nobody asks for is not read: the process waits once it
 //! has written what a pipe holds (64 KiB). END_STREAM at a terminal types its end-of-file character, unless others are attached.
@@ -61,6 +62,8 @@ pub mod limits {
     pub const RESETS: usize = 4096;
     /// Processes and terminals alive or kept at once.
     pub const PROCESSES: usize = 512;
+    /// Kept terminals that have ended and whose end is remembered; of more, the oldest are forgotten.
+    pub const ENDS: usize = 64;
 }
 
 /// How to run one process.
@@ -75,6 +78,12 @@ pub struct ProcessSpec {
     pub keep_seconds: Option<u64>,
     /// May this request join a kept terminal instead of starting a shell?
     pub join: Join,
+    /// The client's name at a terminal that is kept, the same over all its connections: whoever has it there already is let go, for
+    /// that is what a lost connection has left behind.
+    pub attachment: Option<String>,
+    /// The terminal that answered with this [`PROCESS`] and no other; `join` says as whom. One that has ended answers as if it ended
+    /// now, for as long as its end is remembered ([`limits::ENDS`]); then 404.
+    pub terminal: Option<String>,
     /// Run the file transfer server (`sftp-server` of the environment, else the agent's own) instead of a command.
     pub sftp: bool,
 }
