@@ -1,13 +1,10 @@
 //! One client at a terminal: its bounded output queue, and the two tasks that pass bytes.
 //!
 //! This module does not know what a terminal is.
-use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, Ordering},
-};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
-use carrel_agent::flow::{Blocks, Inbound, Outbound};
+use carrel_agent::flow::{Blocks, Closed, Inbound, Outbound};
 use http::HeaderMap;
 use tokio::{
     sync::{Notify, mpsc},
@@ -28,6 +25,15 @@ pub enum Input {
     End,
 }
 
+/// How a client has gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gone {
+    /// It has ended its stream.
+    Left,
+    /// The connection was lost; it may come back.
+    Lost,
+}
+
 /// The terminal's side of a client.
 #[derive(Debug)]
 pub struct Attachment {
@@ -45,7 +51,7 @@ struct Shared {
     queue: Mutex<Queue>,
     changed: Notify,
     /// The client has gone.
-    lost: AtomicBool,
+    gone: OnceLock<Gone>,
     /// Wakes the terminal.
     progress: Arc<Notify>,
 }
@@ -77,7 +83,7 @@ impl Attachment {
         let shared = Arc::new(Shared {
             queue: Mutex::default(),
             changed: Notify::new(),
-            lost: AtomicBool::new(false),
+            gone: OnceLock::new(),
             progress,
         });
         let queue = Arc::clone(&shared);
@@ -95,9 +101,9 @@ impl Attachment {
         self.sending.abort();
     }
 
-    /// Has the client gone?
-    pub fn is_lost(&self) -> bool {
-        self.shared.lost.load(Ordering::Relaxed)
+    /// Has the client gone, and how?
+    pub fn gone(&self) -> Option<Gone> {
+        self.shared.gone.get().copied()
     }
 
     /// Should the process wait for this client, if it is the only one?
@@ -187,7 +193,7 @@ async fn send(mut output: Outbound, shared: Arc<Shared>) {
                 if waited_for {
                     shared.progress.notify_one();
                 }
-                sent.is_err()
+                sent.err()
             }
             Next::End(trailers) => return output.finish_with(trailers),
             Next::Wait => {
@@ -196,13 +202,14 @@ async fn send(mut output: Outbound, shared: Arc<Shared>) {
                     shared.progress.notify_one();
                 }
                 tokio::select! {
-                    () = shared.changed.notified() => false,
-                    _ = output.closed() => true,
+                    () = shared.changed.notified() => None,
+                    closed = output.closed() => Some(closed),
                 }
             }
         };
-        if closed {
-            shared.lost.store(true, Ordering::Relaxed);
+        if let Some(Closed { reason }) = closed {
+            // Set once: this is the only place.
+            let _ = shared.gone.set(if reason.is_some() { Gone::Left } else { Gone::Lost });
             return shared.progress.notify_one();
         }
     }

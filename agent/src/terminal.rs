@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use crate::{
-    attachment::{Attachment, Input},
+    attachment::{Attachment, Gone, Input},
     process::{self, answer, spawn_failure, trailers},
     pty::{self, Master},
     reap::{Ending, Exit},
@@ -33,6 +33,9 @@ use crate::{
 const PENDING: usize = 64 * 1024;
 /// Orders and pieces of input that wait for the terminal's task: beyond it, whoever sends waits.
 const QUEUE: usize = 16;
+
+/// What a terminal stays at least when its last client's connection was lost.
+const LOST: Duration = Duration::from_secs(wire::limits::LOST_SECONDS);
 
 /// What is still read after the process's end, bytes: more than the kernel holds for a terminal. Who writes on and on in the
 /// background is not waited for.
@@ -361,7 +364,11 @@ impl Terminal {
 
     /// Lets go of those who have gone, and brings stale ones up to date.
     fn settle(&mut self) {
-        self.attached.retain(|attachment| !attachment.is_lost());
+        let mut lost = false;
+        self.attached.retain(|attachment| {
+            lost |= attachment.gone() == Some(Gone::Lost) && !attachment.watches;
+            attachment.gone().is_none()
+        });
         for attachment in &self.attached {
             if attachment.wants_redraw()
                 && let Some(screen) = &mut self.screen
@@ -371,7 +378,10 @@ impl Terminal {
         }
         if self.people() == 0 && !self.ended && self.deadline.is_none() {
             match self.keep {
-                Some(keep) => self.deadline = Instant::now().checked_add(keep),
+                Some(keep) => {
+                    let least = if lost { LOST } else { Duration::ZERO };
+                    self.deadline = Instant::now().checked_add(keep.max(least));
+                }
                 None => self.end(),
             }
         }

@@ -62,6 +62,9 @@ pub mod limits {
     pub const RESETS: usize = 4096;
     /// Processes and terminals alive or kept at once.
     pub const PROCESSES: usize = 512;
+    /// A kept terminal stays this long at least when its last client's connection was lost, seconds: that client may still be there,
+    /// and come back with [`ProcessSpec::terminal`](super::ProcessSpec::terminal).
+    pub const LOST_SECONDS: u64 = 90;
     /// Kept terminals that have ended and whose end is remembered; of more, the oldest are forgotten.
     pub const ENDS: usize = 64;
 }
@@ -74,7 +77,8 @@ pub struct ProcessSpec {
     pub env: Vec<(String, String)>,
     /// A terminal instead of three pipes.
     pub pty: Option<Pty>,
-    /// For an interactive shell on a pty: how long it is kept without anybody attached. `None`: it ends with its client.
+    /// For an interactive shell on a pty: how long it is kept without anybody attached (see also [`limits::LOST_SECONDS`]).
+    /// `None`: it ends with its client.
     pub keep_seconds: Option<u64>,
     /// May this request join a kept terminal instead of starting a shell?
     pub join: Join,

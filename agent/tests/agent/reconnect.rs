@@ -1,9 +1,12 @@
 //! A client whose connection was lost comes back to the very same terminal.
 use std::time::Duration;
 
-use carrel_agent::wire::{Join, ProcessSpec, Pty};
+use carrel_agent::{
+    flow,
+    wire::{Join, ProcessSpec, Pty},
+};
 use http::{Method, StatusCode};
-use tokio::time::timeout;
+use tokio::{net::UnixStream, time::timeout};
 
 use crate::support::{
     Agent, DEADLINE, Refused, Stream, connect, eventually, is_running, new_id, open, process_headers,
@@ -35,6 +38,11 @@ async fn settled(agent: &Agent, name: &str) -> Stream {
         .await;
     shell.expect("ready\r\n").await;
     shell
+}
+
+/// What `echo pid=$$=` has shown.
+fn pid_in(text: &str) -> i32 {
+    text.rsplit('=').nth(1).unwrap().parse().unwrap()
 }
 
 #[tokio::test]
@@ -83,7 +91,7 @@ async fn it_hears_how_its_terminal_has_ended_meanwhile() {
     let mut lost = settled(&agent, "me").await;
     let id = lost.process_id().to_owned();
     lost.send("echo pid=$$=; sleep 0.3; exit 7\n").await;
-    let pid = lost.expect("=\r\n").await.split('=').nth(1).unwrap().parse().unwrap();
+    let pid = pid_in(&lost.expect("=\r\n").await);
     drop(lost);
     eventually("the shell has ended", DEADLINE, || !is_running(pid)).await;
     for _ in 0..2 {
@@ -117,6 +125,28 @@ async fn nobody_comes_to_a_commands_terminal() {
 }
 
 #[tokio::test]
+async fn a_terminal_that_is_kept_for_no_time_still_waits_for_a_client_whose_connection_was_lost() {
+    let agent = Agent::start().await;
+    let at_once = ProcessSpec { keep_seconds: Some(0), ..spec("me", None, (80, 24)) };
+    let (requests, connection) =
+        flow::client(UnixStream::connect(agent.direct_socket()).await.unwrap()).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let path = format!("/v1/processes/{}", new_id());
+    let mut lost = open(requests, Method::POST, &path, process_headers(&at_once, None)).await.unwrap();
+    lost.send("echo pid=$$=''\n").await;
+    let pid = pid_in(&lost.expect("=\r\n").await);
+    connection.abort();
+    while let Ok(Some(_)) = lost.input.read().await {}
+    let again = ProcessSpec { terminal: Some(lost.process_id().into()), ..at_once };
+    let mut back = on_its_own(&agent, &again).await.unwrap();
+    back.send("echo pid=$$=''\n").await;
+    back.expect(&format!("pid={pid}=")).await;
+    // One that leaves is not waited for.
+    drop(back);
+    eventually("the shell has ended", DEADLINE, || !is_running(pid)).await;
+}
+
+#[tokio::test]
 async fn it_waits_for_a_terminal_that_has_been_told_to_end() {
     let agent = Agent::start().await;
     let mut lost = settled(&agent, "me").await;
@@ -125,7 +155,7 @@ async fn it_waits_for_a_terminal_that_has_been_told_to_end() {
         "exec sh -c 'trap \"\" HUP; trap \"touch ~/told\" CONT; echo pid=$$=; while :; do sleep 0.1; done'\n",
     )
     .await;
-    let pid: i32 = lost.expect("=\r\n").await.split('=').nth(1).unwrap().parse().unwrap();
+    let pid = pid_in(&lost.expect("=\r\n").await);
     let short = ProcessSpec { keep_seconds: Some(0), ..spec("me", Some(&id), (80, 24)) };
     drop(on_its_own(&agent, &short).await.unwrap());
     drop(lost);
