@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint bench cluster-up cluster-down test-cluster clean
+.PHONY: help setup build demo test lint bench bench-cluster cluster-up cluster-down test-cluster clean
 
 TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 AGENT := target/agent/$(TARGET)/agent/carrel-agent
@@ -42,6 +42,10 @@ lint: setup ## Formatting, clippy, documentation, types of the page, licences
 bench: build ## Compare with a plain sshd in one run and print a table
 	@.ci/setup test
 	@tests/bench/run
+
+bench-cluster: build ## Compare with an sshd that runs `kubectl exec`, on a real Kubernetes, in one run
+	@.ci/setup test
+	@tests/bench/run-cluster
 
 cluster-up: ## Bring a real single-node Kubernetes up on this machine
 	@tests/cluster/up

@@ -68,8 +68,8 @@ pub struct Observed {
     pub namespace: String,
     /// Milliseconds since 1970 when it was made.
     pub created_at: i64,
-    /// Kept warm, or the remains of one: no session named it when it was made.
-    pub warm: bool,
+    /// Whose the backend's own record says it is; `None` for one kept warm.
+    pub owner: Option<SessionId>,
 }
 
 /// All environments of this backend, as seen last.
@@ -112,6 +112,8 @@ pub trait Environment: Send + Sync + 'static {
     async fn inspect(&self, id: EnvironmentId) -> Result<Option<Observed>, EnvironmentError>;
     /// A new byte stream to its agent. Callers share one per environment through [`link::Links`].
     async fn connect(&self, id: EnvironmentId) -> Result<Box<dyn ByteStream>, EnvironmentError>;
+    /// Writes down, with the backend's own means, whose an environment without an owner is now. Nothing else about it changes.
+    async fn adopt(&self, id: EnvironmentId, owner: (UserId, SessionId)) -> Result<(), EnvironmentError>;
     /// Ends it and everything made with it. Ok also when there is none.
     async fn destroy(&self, id: EnvironmentId) -> Result<(), EnvironmentError>;
 }

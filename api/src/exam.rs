@@ -13,8 +13,10 @@ use utoipa::ToSchema;
 
 mod field;
 mod network;
+mod recipe;
 
 pub use network::Network;
+pub use recipe::Recipe;
 
 /// One exam. Fields and defaults are described in `docs/exams.md`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

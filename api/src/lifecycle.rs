@@ -4,14 +4,14 @@
 //! sooner; nothing depends on one being seen. Replicas may all run this: rows change by compare-and-set, environments are keyed by
 //! name. What is kept in memory is who is at work, never what is true. This module knows no clients.
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{clock::Clock, feed::Feed, pass::Flight};
+use self::{clock::Clock, feed::Feed, flight::Flight, pool::Failing};
 use crate::{
     environment::{Environment, link::Links},
     identity::{EnvironmentId, SessionId},
@@ -24,11 +24,17 @@ mod act;
 mod clock;
 pub mod decide;
 mod feed;
+mod flight;
+mod make;
 mod pass;
+mod pool;
 mod start;
+mod sweep;
 
 /// Calls to the backend and to agents at once, for starting; as many again for ending, so that neither waits for the other.
 const PARALLEL: usize = 32;
+/// Calls to the backend and to agents at once, for what is kept warm.
+const WARMING: usize = 8;
 /// Readings of a row that keeps changing under us.
 const ATTEMPTS: usize = 8;
 
@@ -53,7 +59,11 @@ enum Subject {
     Session(SessionId),
     /// The end of a session's row.
     End(SessionId),
-    /// An environment without a session.
+    /// The name of a session on an environment that was kept warm.
+    Adopt(SessionId),
+    /// An environment that is kept warm.
+    Warm(EnvironmentId),
+    /// An environment that nobody has.
     Orphan(EnvironmentId),
 }
 
@@ -62,14 +72,18 @@ pub struct Lifecycle {
     store: Store,
     environment: Arc<dyn Environment>,
     links: Arc<Links>,
+    /// Looks after what no session has.
+    stays: bool,
     clock: Clock,
     feed: Feed,
     wake: Notify,
     flights: Mutex<HashMap<Subject, Flight>>,
+    failing: Mutex<BTreeMap<String, Failing>>,
     tasks: TaskTracker,
     /// Ends the tasks that wait.
     end: CancellationToken,
     starting: Semaphore,
+    warming: Semaphore,
     ending: Semaphore,
 }
 
@@ -77,7 +91,18 @@ impl Lifecycle {
     /// Does nothing yet: see [`Lifecycle::run`].
     #[must_use]
     pub fn new(store: Store, environment: Arc<dyn Environment>, links: Arc<Links>) -> Arc<Self> {
+        Self::with(store, environment, links, true)
+    }
+
+    /// For a short while beside or without a server: what is kept warm is not looked after, nor is anything swept.
+    #[must_use]
+    pub fn passing(store: Store, environment: Arc<dyn Environment>, links: Arc<Links>) -> Arc<Self> {
+        Self::with(store, environment, links, false)
+    }
+
+    fn with(store: Store, environment: Arc<dyn Environment>, links: Arc<Links>, stays: bool) -> Arc<Self> {
         Arc::new(Self {
+            stays,
             store,
             environment,
             links,
@@ -85,9 +110,11 @@ impl Lifecycle {
             feed: Feed::default(),
             wake: Notify::new(),
             flights: Mutex::default(),
+            failing: Mutex::default(),
             tasks: TaskTracker::new(),
             end: CancellationToken::new(),
             starting: Semaphore::new(PARALLEL),
+            warming: Semaphore::new(WARMING),
             ending: Semaphore::new(PARALLEL),
         })
     }
@@ -189,6 +216,12 @@ impl Lifecycle {
         actor: &Actor,
     ) -> Result<Session, StoreError> {
         let changed = self.store.transition(session, change, actor).await?;
+        self.changed(session, &changed, actor);
+        Ok(changed)
+    }
+
+    /// A change of state has been committed.
+    fn changed(&self, session: &Session, changed: &Session, actor: &Actor) {
         tracing::info!(
             session_id = %changed.id,
             user_id = %changed.user_id,
@@ -200,9 +233,8 @@ impl Lifecycle {
             %actor,
             "session changed"
         );
-        self.feed.publish(&changed);
+        self.feed.publish(changed);
         self.wake();
-        Ok(changed)
     }
 
     fn flights(&self) -> MutexGuard<'_, HashMap<Subject, Flight>> {

@@ -10,6 +10,7 @@ use std::{
 use crate::{
     access::{How, LoginError},
     session::State,
+    store::WarmState,
 };
 
 /// What came of a login.
@@ -25,6 +26,15 @@ pub struct Metrics {
     sessions_created: AtomicU64,
     ssh_connections: AtomicI64,
     web_sockets: AtomicI64,
+}
+
+/// What the database tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counts {
+    /// Sessions not yet released, by state.
+    pub sessions: Vec<(State, u64)>,
+    /// Environments that no session has, by state.
+    pub warm: Vec<(WarmState, u64)>,
 }
 
 /// Something that is open while this lives.
@@ -84,15 +94,19 @@ impl Metrics {
         Open { metrics: Arc::clone(self), gauge }
     }
 
-    /// The text format of Prometheus. `states`: sessions not yet released, counted by state; `None` when the database does not tell.
+    /// The text format of Prometheus. `counts` is `None` when the database does not tell.
     #[must_use]
-    pub fn render(&self, states: Option<&[(State, u64)]>) -> String {
+    pub fn render(&self, counts: Option<&Counts>) -> String {
         let mut all = head("carrel_up", "gauge", "1 when the database answers.");
         // Writing to a String cannot fail.
-        let _ = writeln!(all, "carrel_up {}", u8::from(states.is_some()));
+        let _ = writeln!(all, "carrel_up {}", u8::from(counts.is_some()));
         all += &head("carrel_sessions", "gauge", "Sessions whose environment is not released yet, by state.");
-        for (state, count) in states.unwrap_or_default() {
+        for (state, count) in counts.map(|counts| counts.sessions.as_slice()).unwrap_or_default() {
             let _ = writeln!(all, "carrel_sessions{{state=\"{state}\"}} {count}");
+        }
+        all += &head("carrel_warm_environments", "gauge", "Environments that no session has yet, by state.");
+        for (state, count) in counts.map(|counts| counts.warm.as_slice()).unwrap_or_default() {
+            let _ = writeln!(all, "carrel_warm_environments{{state=\"{}\"}} {count}", state.as_str());
         }
         all += &head("carrel_sessions_created_total", "counter", "Sessions made by this process.");
         let _ =
@@ -138,10 +152,12 @@ mod tests {
         metrics.request(403);
         metrics.request(999);
         let open = metrics.ssh_connection();
-        let text = metrics.render(Some(&[(State::Ready, 2)]));
+        let text = metrics
+            .render(Some(&Counts { sessions: vec![(State::Ready, 2)], warm: vec![(WarmState::Making, 3)] }));
         for line in [
             "carrel_up 1",
             "carrel_sessions{state=\"ready\"} 2",
+            "carrel_warm_environments{state=\"making\"} 3",
             "carrel_logins_total{method=\"password\",result=\"accepted\"} 1",
             "carrel_logins_total{method=\"password\",result=\"denied\"} 2",
             "carrel_logins_total{method=\"bearer\",result=\"denied\"} 0",

@@ -22,6 +22,7 @@ pub use self::{
     actor::Actor,
     error::StoreError,
     session::{NewSession, SessionCredential, Transition},
+    warm::{Begun, WarmEnvironment, WarmExam, WarmState},
 };
 
 mod access;
@@ -30,6 +31,7 @@ mod error;
 mod exam;
 mod migration;
 mod session;
+mod warm;
 
 /// Longest wait for a connection of the pool.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -55,6 +57,14 @@ impl Dialect {
         match self {
             Self::Sqlite => "begin immediate",
             Self::Postgres => "begin",
+        }
+    }
+
+    /// Behind a `select` in a claim: who claims at the same time takes another row, and does not wait.
+    const fn skip_locked(self) -> &'static str {
+        match self {
+            Self::Sqlite => "",
+            Self::Postgres => " for update skip locked",
         }
     }
 

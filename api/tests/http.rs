@@ -58,6 +58,10 @@ impl Environment for Away {
     async fn connect(&self, _: EnvironmentId) -> Result<Box<dyn ByteStream>, EnvironmentError> {
         Err(EnvironmentError::Unavailable("away".into()))
     }
+    async fn adopt(&self, _: EnvironmentId, _: (UserId, SessionId)) -> Result<(), EnvironmentError> {
+        Err(EnvironmentError::Unavailable("away".into()))
+    }
+
     async fn destroy(&self, _: EnvironmentId) -> Result<(), EnvironmentError> {
         Err(EnvironmentError::Unavailable("away".into()))
     }

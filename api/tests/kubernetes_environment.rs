@@ -33,7 +33,7 @@ use tokio::{
 on_backend! { Pods::open();
     creating_twice_is_one_environment,
     many_can_be_made_at_once,
-    one_without_an_owner_is_kept_warm,
+    one_without_an_owner_is_given_one,
     every_exit_status_comes_back_exactly,
     bytes_come_back_unchanged_and_apart,
     variables_and_the_home_directory_are_as_promised,

@@ -11,16 +11,19 @@
 #[path = "store/database.rs"]
 mod database;
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use carrel_api::{
-    exam::Exam,
+    exam::{Exam, Recipe},
     identity::{EnvironmentId, SessionId, UserId},
     reason::{Reason, ReasonCode},
     session::{Session, State},
     store::{
         AccessRecord, Actor, ApiKeyRow, Channel, NewSession, Outcome, Store, StoreError, TicketKind,
-        TicketRow, Transition,
+        TicketRow, Transition, WarmState,
     },
 };
 use database::{Database, raw, rows};
@@ -72,6 +75,10 @@ on_both! {
     a_database_of_a_newer_version_is_refused,
     no_error_shows_a_value,
     long_details_are_cut_at_a_character,
+    of_fifty_claims_at_once_no_two_get_the_same,
+    a_claim_takes_what_is_ready_and_of_its_recipe_only,
+    a_claim_that_comes_to_nothing_gives_back_what_it_took,
+    replicas_that_plan_at_once_name_no_more_than_the_exam_wants,
 }
 
 fn exam() -> Exam {
@@ -741,4 +748,92 @@ async fn a_network_that_swallows_packets_is_unavailable_in_time_and_heals() {
     proxy.abort();
     assert!(database.is_postgres());
     database.drop().await;
+}
+
+/// So many of this exam, ready to be claimed.
+async fn keep_warm(store: &Store, exam: &Exam) {
+    store.put_exam(exam).await.unwrap();
+    store.plan_warm(&exam.id, 0, usize::MAX).await.unwrap();
+    for row in store.warm_environments().await.unwrap() {
+        store.move_warm(row.id, WarmState::Making, WarmState::Ready).await.unwrap();
+    }
+}
+
+async fn of_fifty_claims_at_once_no_two_get_the_same(database: &Database, store: Store) {
+    let other = Store::open(&database.url).await.unwrap();
+    let exam = Exam { warm: 30, ..exam() };
+    keep_warm(&store, &exam).await;
+    let warm = store.warm_environments().await.unwrap();
+    assert_eq!(warm.len(), 30);
+    let sessions = futures_util::future::join_all((0..50).map(|_| created(&store))).await;
+    let recipe = Recipe::of(&exam);
+    let claim = async |number: usize, session: &Session| {
+        let store = if number.is_multiple_of(2) { &store } else { &other };
+        store.provision(session, &recipe, EnvironmentId::new()).await.unwrap()
+    };
+    let claims = sessions.iter().enumerate().map(|(number, session)| claim(number, session));
+    let begun = futures_util::future::join_all(claims).await;
+    let given: BTreeSet<_> = begun.iter().map(|begun| begun.session.environment_id.unwrap()).collect();
+    assert_eq!(given.len(), 50);
+    let from_the_pool = begun.iter().filter(|begun| begun.warm).count();
+    assert_eq!(from_the_pool, 30);
+    assert!(warm.iter().all(|row| given.contains(&row.id)));
+    assert_eq!(store.warm_environments().await.unwrap(), []);
+    other.close().await;
+}
+
+async fn a_claim_takes_what_is_ready_and_of_its_recipe_only(_: &Database, store: Store) {
+    let exam = Exam { warm: 2, ..exam() };
+    keep_warm(&store, &exam).await;
+    let rows = store.warm_environments().await.unwrap();
+    assert!(rows.iter().all(|row| row.wanted && row.state == WarmState::Ready));
+    // The oldest goes first.
+    assert!(store.move_warm(rows[0].id, WarmState::Ready, WarmState::Ending).await.unwrap());
+    assert!(!store.move_warm(rows[0].id, WarmState::Ready, WarmState::Ending).await.unwrap());
+    let mut changed = exam.clone();
+    changed.environment.env.insert("V".to_owned(), "2".to_owned());
+    let session = created(&store).await;
+    let begun = store.provision(&session, &Recipe::of(&changed), EnvironmentId::new()).await.unwrap();
+    assert!(!begun.warm, "of another recipe");
+    let session = created(&store).await;
+    let begun = store.provision(&session, &Recipe::of(&exam), EnvironmentId::new()).await.unwrap();
+    assert_eq!((begun.warm, begun.session.environment_id), (true, Some(rows[1].id)));
+    assert_eq!(begun.session.state, State::Initializing);
+    store.put_exam(&changed).await.unwrap();
+    let rows = store.warm_environments().await.unwrap();
+    assert_eq!((rows.len(), rows[0].wanted), (1, false));
+    store.forget_warm(rows[0].id).await.unwrap();
+    store.forget_warm(rows[0].id).await.unwrap();
+    assert_eq!(store.warm_environments().await.unwrap(), []);
+}
+
+async fn a_claim_that_comes_to_nothing_gives_back_what_it_took(_: &Database, store: Store) {
+    let exam = Exam { warm: 1, ..exam() };
+    keep_warm(&store, &exam).await;
+    let stale = created(&store).await;
+    go(&store, &stale, State::Failed).await;
+    let claim = store.provision(&stale, &Recipe::of(&exam), EnvironmentId::new()).await;
+    assert_eq!(claim, Err(StoreError::Conflict));
+    assert_eq!(store.warm_environments().await.unwrap().len(), 1);
+}
+
+async fn replicas_that_plan_at_once_name_no_more_than_the_exam_wants(database: &Database, store: Store) {
+    let exam = Exam { warm: 7, ..exam() };
+    store.put_exam(&exam).await.unwrap();
+    let stores = futures_util::future::join_all((0..4).map(|_| Store::open(&database.url))).await;
+    let stores: Vec<_> = stores.into_iter().map(Result::unwrap).collect();
+    let plans = stores.iter().map(|store| store.plan_warm(&exam.id, 0, 5));
+    let planned: usize = futures_util::future::join_all(plans).await.into_iter().map(Result::unwrap).sum();
+    assert_eq!(planned, 5, "no more at once");
+    assert_eq!(store.plan_warm(&exam.id, 0, 100).await.unwrap(), 2);
+    assert_eq!(store.plan_warm(&exam.id, 0, 100).await.unwrap(), 0);
+    assert_eq!(store.plan_warm("no such exam", 0, 100).await.unwrap(), 0);
+    let exams = store.warm_exams().await.unwrap();
+    assert_eq!(
+        exams.iter().map(|exam| (exam.exam_id.as_str(), exam.warm)).collect::<Vec<_>>(),
+        [("linux-1", 7)]
+    );
+    for store in stores {
+        store.close().await;
+    }
 }

@@ -14,7 +14,20 @@ from typing import Any
 
 import pytest
 
+from cluster import Cluster
 from harness import BINARY, Demo, Postgres, Server, Session, instances, need, processes_that_mention, wait_until
+
+
+PODS = os.environ.get("CARREL_TEST_ENVIRONMENT", "local") == "kubernetes"
+"""Are the environments of the shared fixtures pods?"""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On pods, leaves out what is about the sandboxes of this machine."""
+    if PODS:
+        local = [item for item in items if item.get_closest_marker("local")]
+        config.hook.pytest_deselected(items=local)
+        items[:] = [item for item in items if item not in set(local)]
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +35,8 @@ def work() -> Iterator[Path]:
     """The directory below which everything of a run lives. At the end no process and no mount may refer to it."""
     assert BINARY.is_file(), f"there is no {BINARY}: run `make build`, or set CARREL_BIN"
     need("ssh")
-    need("bwrap")
+    if not PODS:
+        need("bwrap")
     path = Path(tempfile.mkdtemp(prefix="carrel-outside-", dir="/tmp"))
     path.chmod(0o755)
     yield path
@@ -48,6 +62,25 @@ def work() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """The Kubernetes that is up; without one its tests are skipped. At the end no namespace of the run may be there."""
+    lacking = Cluster.lacking()
+    if lacking and (PODS or os.environ.get("CARREL_TEST_REQUIRE_ALL")):
+        pytest.fail(lacking)
+    if lacking:
+        pytest.skip(lacking)
+    cluster = Cluster()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="session")
+def place(request: pytest.FixtureRequest) -> Cluster | None:
+    """Where the environments of the run's servers are: a cluster, or None for sandboxes of this machine."""
+    return request.getfixturevalue("cluster") if PODS else None
+
+
+@pytest.fixture(scope="session")
 def demo(work: Path) -> Iterator[Demo]:
     """A running `carrel demo --json`: one exam, one ready session."""
     demo = Demo(work)
@@ -64,9 +97,9 @@ def ssh_key(work: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(work: Path) -> Iterator[Server]:
+def server(work: Path, place: Cluster | None) -> Iterator[Server]:
     """A server on SQLite that the whole run shares: it is never stopped or flooded by a test."""
-    with Server(work, options=["--ssh-penalty-exempt", "127.0.0.1/32"]) as server:
+    with Server(work, options=["--ssh-penalty-exempt", "127.0.0.1/32"], cluster=place) as server:
         yield server
 
 
@@ -79,12 +112,12 @@ def postgres(work: Path) -> Iterator[Postgres]:
 
 
 @pytest.fixture
-def new_server(work: Path) -> Iterator[Callable[..., Server]]:
+def new_server(work: Path, place: Cluster | None) -> Iterator[Callable[..., Server]]:
     """Starts servers of the test's own, which it may kill; takes what [`Server`] takes."""
     with contextlib.ExitStack() as stack:
 
         def make(**kwargs: Any) -> Server:
-            server = Server(work, **kwargs)
+            server = Server(work, **({"cluster": place} | kwargs))
             stack.callback(server.close)
             return server.start()
 

@@ -30,6 +30,8 @@ from typing import Any
 
 import httpx
 
+from cluster import Cluster, Namespace
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 BINARY = Path(os.environ.get("CARREL_BIN", REPOSITORY / "target/release/carrel")).resolve()
 
@@ -443,6 +445,14 @@ class Session:
         """A single-use ticket for the terminal's WebSocket."""
         return self.server.ok("POST", f"/sessions/{self.id}/terminal-ticket")["ticket"]
 
+    def environment(self) -> dict[str, str]:
+        """What there is of its environment: processes of this machine, or its pod and network policy."""
+        return self.server.environments(self.get()["environment"]["environment_id"])
+
+    def kill_environment(self) -> None:
+        """As [`Server.kill_environments`], of this session."""
+        self.server.kill_environments(self.get()["environment"]["environment_id"])
+
     @property
     def http_base(self) -> str:
         """`http://HOST:PORT` of the server."""
@@ -455,7 +465,10 @@ class Session:
 
 
 class Server:
-    """`carrel serve` with its own data directory, exams and API key; may be killed and started again."""
+    """`carrel serve` with its own data directory, exams and API key; may be killed and started again.
+
+    Its environments are sandboxes of this machine, or with a `cluster` pods in a namespace of its own.
+    """
 
     def __init__(
         self,
@@ -466,6 +479,7 @@ class Server:
         env: dict[str, str] | None = None,
         binary: Path | None = None,
         prefix: Sequence[str] = (),
+        cluster: Cluster | None = None,
     ) -> None:
         self.work = Path(tempfile.mkdtemp(prefix="server-", dir=work))
         self.work.chmod(0o755)
@@ -488,12 +502,28 @@ class Server:
         self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
         self.sessions: list[Session] = []
         self.marks: list[Path | str] = [self.work]
+        self.namespace: Namespace | None = cluster.namespace() if cluster else None
 
     @property
     def env(self) -> dict[str, str]:
         """The server's variables: none of the developer's own settings."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("CARREL_")}
-        return kept | {"RUST_LOG": "info"} | self.variables
+        pods = {"KUBECONFIG": str(self.namespace.kubeconfig)} if self.namespace else {}
+        return kept | {"RUST_LOG": "info"} | pods | self.variables
+
+    def environment_options(self) -> list[str]:
+        """Where sessions run. Of what a pod may use only a little is reserved, so that many fit on one node."""
+        if not self.namespace:
+            return ["--environment", "local"]
+        chosen = {
+            "namespace": self.namespace.name,
+            "agent-image": self.namespace.cluster.agent_image,
+            "default-image": self.namespace.cluster.session_image,
+            "cpu-request-percent": "1",
+            "memory-request-percent": "5",
+        }
+        options = [word for name, value in chosen.items() for word in (f"--kubernetes-{name}", value)]
+        return ["--environment", "kubernetes", *options]
 
     def argv(self) -> list[str]:
         """The command line of `serve`."""
@@ -509,8 +539,7 @@ class Server:
             f"127.0.0.1:{self.http_port}",
             "--ssh-listen",
             f"127.0.0.1:{self.ssh_port}",
-            "--environment",
-            "local",
+            *self.environment_options(),
             "--exams",
             str(self.exams_dir),
             *self.options,
@@ -538,7 +567,8 @@ class Server:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self.argv(), env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         wait_until("GET /readyz answers 200", self.ready, within)
-        self.marks = [self.work, instance_of(self.data_dir)]
+        if not self.namespace:
+            self.marks = [self.work, instance_of(self.data_dir)]
         return self
 
     def ready(self) -> bool:
@@ -602,10 +632,24 @@ class Server:
             session.wait_state("ready")
         return session
 
-    def environments(self) -> dict[int, str]:
-        """Processes of this server's environments (not the server itself)."""
-        found = processes_that_mention(*self.marks)
-        return {pid: line for pid, line in found.items() if not self.process or pid != self.process.pid}
+    def environments(self, environment_id: str | None = None) -> dict[str, str]:
+        """What there is of one environment or of all: processes (not the server itself), or pods and network policies."""
+        if self.namespace:
+            return self.namespace.environments(environment_id)
+        found = processes_that_mention(*([environment_id] if environment_id else self.marks))
+        return {str(pid): line for pid, line in found.items() if not self.process or pid != self.process.pid}
+
+    def kill_environments(self, environment_id: str | None = None) -> None:
+        """Ends one environment or all without a chance to tidy up, as a fault would."""
+        found = self.environments(environment_id)
+        assert found, "nothing of the environment is found: this test is broken"
+        if self.namespace:
+            pods = [name for name in found if name.startswith("Pod/")]
+            self.namespace.kubectl("delete", *pods, "--grace-period=0", "--force", "--wait=false")
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
     def unended(self) -> set[str]:
         """Sessions of its SQLite database that have not ended, also those that somebody else has made."""
@@ -624,17 +668,22 @@ class Server:
                     with contextlib.suppress(httpx.HTTPError):
                         self.http("POST", f"/sessions/{session}/terminate")
                 with contextlib.suppress(Late):
-                    wait_until("the environments to end", lambda: not self.environments(), within=20)
+                    wait_until("the environments to end", lambda: not self.environments(), within=60 if self.namespace else 20)
                 status = self.stop()
                 assert status == 0, f"SIGTERM ended the server with {status}, not 0:\n{self.tail()}"
+                if self.namespace:
+                    left = self.environments()
+                    assert not left, f"the server left of its environments: {left}\n{self.tail()}"
             wait_until(
-                "no process of the server's environments is left", lambda: not processes_that_mention(*self.marks), within=10
+                "no process of the server or of its environments is left", lambda: not processes_that_mention(*self.marks), within=10
             )
         finally:
             self.client.close()
             for pid in processes_that_mention(*self.marks):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            if self.namespace:
+                self.namespace.delete()
 
     def __enter__(self) -> Server:
         return self.start()

@@ -17,6 +17,7 @@ from pathlib import Path
 import paramiko
 import pytest
 
+from cluster import Cluster
 from harness import Server, Session, Ssh, rss_kib, told, wait_until
 
 DENIED = b"Permission denied"
@@ -200,8 +201,10 @@ def test_failures_cost_only_the_address_they_come_from(new_server: Callable[...,
 
 
 @pytest.mark.parametrize("level", ["debug", "trace"])
-def test_no_secret_and_no_keystroke_reaches_the_log_or_a_command_line(work: Path, ssh_key: Path, level: str) -> None:
-    with Server(work, env={"RUST_LOG": level, "CARREL_LOG": level}) as server:
+def test_no_secret_and_no_keystroke_reaches_the_log_or_a_command_line(
+    work: Path, place: Cluster | None, ssh_key: Path, level: str
+) -> None:
+    with Server(work, env={"RUST_LOG": level, "CARREL_LOG": level}, cluster=place) as server:
         session = server.create_session(ssh_key=ssh_key)
         typed, wrong, printed, stdin = (f"secret-{kind}-{uuid.uuid4().hex}" for kind in ("typed", "wrong", "printed", "stdin"))
         session.ssh.run("echo in", password=wrong)

@@ -330,6 +330,8 @@ def test_ansible(session: Session, tmp_path: Path, auth: str, pipelining: bool) 
     else:
         inventory |= {"ansible_password": ssh.password, "ansible_ssh_password_mechanism": "ssh_askpass"}
     (tmp_path / "hosts.json").write_text(json.dumps({"all": {"hosts": {"candidate": inventory}}}))
+    # Ansible makes `~USER` of `~`. The image of a pod knows its own user only, a sandbox the session's name as well.
+    home = "{{ ansible_facts.env.HOME }}" if session.server.namespace else "~"
     (tmp_path / "file.txt").write_text("copied by ansible\n")
     (tmp_path / "play.yml").write_text(
         f"""
@@ -337,7 +339,7 @@ def test_ansible(session: Session, tmp_path: Path, auth: str, pipelining: bool) 
   gather_facts: true
   tasks:
     - ansible.builtin.ping:
-    - ansible.builtin.copy: {{src: "{tmp_path}/file.txt", dest: "~/file.txt", mode: "0640"}}
+    - ansible.builtin.copy: {{src: "{tmp_path}/file.txt", dest: "{home}/file.txt", mode: "0640"}}
       register: copied
     - ansible.builtin.command: cat file.txt
       args: {{chdir: "{{{{ ansible_facts.user_dir }}}}"}}
@@ -346,9 +348,9 @@ def test_ansible(session: Session, tmp_path: Path, auth: str, pipelining: bool) 
     - ansible.builtin.command: sh -c 'echo wrong >&2; exit 7'
       register: failed
       failed_when: failed.rc != 7 or failed.stderr != "wrong"
-    - ansible.builtin.copy: {{content: "", dest: "~/file.txt"}}
-    - ansible.builtin.fetch: {{src: "~/file.txt", dest: "{tmp_path}/fetched", flat: true}}
-    - ansible.builtin.file: {{path: "~/file.txt", state: absent}}
+    - ansible.builtin.copy: {{content: "", dest: "{home}/file.txt"}}
+    - ansible.builtin.fetch: {{src: "{home}/file.txt", dest: "{tmp_path}/fetched", flat: true}}
+    - ansible.builtin.file: {{path: "{home}/file.txt", state: absent}}
 """
     )
     env = {

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,27 +13,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from harness import Postgres, Server, Session, processes_that_mention, told, wait_until
+from cluster import Cluster
+from harness import Postgres, Server, Session, told, wait_until
 
 
 def at(text: str) -> float:
     """Seconds since 1970; fails unless it is RFC 3339 in UTC with milliseconds."""
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", text), f"not RFC 3339 in UTC with milliseconds: {text}"
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
-
-
-def environment_of(server: Server, session: Session) -> dict[int, str]:
-    """Processes of one session's environment on this machine."""
-    found = session.get()["environment"]["environment_id"]
-    return {pid: line for pid, line in processes_that_mention(found).items() if pid != server.pid}
-
-
-def kill_environment(server: Server, session: Session) -> None:
-    processes = environment_of(server, session)
-    assert processes, "no process of the environment is found: this test is broken"
-    for pid in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def one_line(text: bytes) -> str:
@@ -71,7 +55,7 @@ def test_a_session_goes_from_created_to_ready_to_running_to_terminated(server: S
     assert ended.status_code == 200 and ended.json()["data"]["session_id"] == session.id
     assert abs(at(ended.json()["data"]["terminated_at"]) - time.time()) < 15
     assert session.get()["lifecycle_state"] == "terminated" and session.reason() == "ended_by_staff"
-    wait_until("its environment is gone", lambda: not environment_of(server, session), within=60)
+    wait_until("its environment is gone", lambda: not session.environment(), within=60)
 
 
 def test_status_shows_numbered_progress(server: Server) -> None:
@@ -139,7 +123,7 @@ def test_a_session_that_nobody_uses_ends(server: Server) -> None:
     session = server.create_session("unused")
     session.wait_state("terminated", within=30)
     assert session.reason() == "never_started"
-    wait_until("its environment is gone", lambda: not environment_of(server, session), within=60)
+    wait_until("its environment is gone", lambda: not session.environment(), within=60)
 
 
 @pytest.mark.slow
@@ -163,7 +147,7 @@ def test_the_deadline_is_enforced_on_the_open_connection(server: Server) -> None
     assert session.wait_state("terminated", within=5)["remaining_seconds"] in (0, None)
     assert session.reason() == "time_expired"
     assert session.ssh.run("echo in").returncode == 255
-    wait_until("its environment is gone", lambda: not environment_of(server, session), within=60)
+    wait_until("its environment is gone", lambda: not session.environment(), within=60)
 
 
 # --- ends --------------------------------------------------------------------------------------------------------
@@ -202,7 +186,7 @@ def test_a_session_cancelled_before_it_is_ready_leaves_nothing(server: Server) -
     session.wait_state("initializing", within=10)
     session.terminate()
     assert session.get()["lifecycle_state"] == "failed" and session.reason() == "cancelled"
-    wait_until("its environment is gone", lambda: not environment_of(server, session), within=60)
+    wait_until("its environment is gone", lambda: not session.environment(), within=60)
 
 
 def test_a_user_has_one_session_at_a_time(server: Server) -> None:
@@ -246,7 +230,7 @@ def test_a_lost_environment_is_255_with_one_line_and_the_session_fails(server: S
         command = session.ssh.popen("echo up; cat")
         try:
             assert command.stdout and command.stdout.readline() == b"up\n"
-            kill_environment(server, session)
+            session.kill_environment()
             killed = time.monotonic()
             out, err = command.communicate(timeout=20)
             assert command.returncode == 255, f"a lost environment is reported as {command.returncode}"
@@ -279,7 +263,7 @@ def test_a_fork_bomb_and_a_memory_hog_harm_only_themselves(server: Server, fresh
         bomb.kill()
         bomb.communicate()
     assert fresh.terminate().status_code == 200
-    wait_until("the bomb's environment is gone", lambda: not environment_of(server, fresh), within=30)
+    wait_until("the bomb's environment is gone", lambda: not fresh.environment(), within=30)
 
 
 @pytest.mark.timeout(120)
@@ -351,9 +335,7 @@ def test_a_row_without_its_environment_fails(new_server: Callable[..., Server]) 
     session = server.create_session()
     assert session.ssh.out("echo in") == "in"
     server.sigkill()
-    for pid in server.environments():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    server.kill_environments()
     wait_until("the environment is dead", lambda: not server.environments(), within=10)
     server.start()
     session.wait_state("failed", within=10)
@@ -386,8 +368,8 @@ def test_a_deleted_environment_directory_does_not_confuse_the_server(new_server:
 
 
 @pytest.fixture
-def on_postgres(work: Path, postgres: Postgres) -> Iterator[Server]:
-    with Server(work, database_url=postgres.database()) as server:
+def on_postgres(work: Path, postgres: Postgres, place: Cluster | None) -> Iterator[Server]:
+    with Server(work, database_url=postgres.database(), cluster=place) as server:
         yield server
 
 

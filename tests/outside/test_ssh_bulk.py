@@ -16,15 +16,16 @@ from pathlib import Path
 
 import pytest
 
+from cluster import Cluster
 from harness import Server, Session, Ssh, rss_kib, told, wait_until
 
 MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def busy(work: Path, ssh_key: Path) -> Iterator[tuple[Server, Session]]:
+def busy(work: Path, place: Cluster | None, ssh_key: Path) -> Iterator[tuple[Server, Session]]:
     """A server that only this file uses, so that its memory is this file's doing."""
-    with Server(work, options=["--ssh-penalty-exempt", "127.0.0.1/32"]) as server:
+    with Server(work, options=["--ssh-penalty-exempt", "127.0.0.1/32"], cluster=place) as server:
         yield server, server.create_session("plain", ssh_key=ssh_key)
 
 

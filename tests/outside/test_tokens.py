@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
+from cluster import Cluster
 from harness import Server, wait_until
 from test_start import refused, serve
 
@@ -75,10 +76,10 @@ def jwks(work: Path, signer: Signer) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trusting(work: Path, jwks: Path) -> Iterator[Server]:
+def trusting(work: Path, place: Cluster | None, jwks: Path) -> Iterator[Server]:
     """A server that takes the signer's tokens."""
     options = ["--jwt-issuer", ISSUER, "--jwt-audience", AUDIENCE, "--jwt-jwks-file", str(jwks)]
-    with Server(work, options=options) as server:
+    with Server(work, options=options, cluster=place) as server:
         yield server
 
 

@@ -58,8 +58,11 @@ async fn create(context: &Context, id: &str, within: Duration) -> Result<Output,
     let session = context.session(id).await?;
     let environment = context.environment()?;
     environment.check().await?;
-    let lifecycle =
-        Lifecycle::new(context.store.clone(), Arc::clone(environment), Links::new(Arc::clone(environment)));
+    let lifecycle = Lifecycle::passing(
+        context.store.clone(),
+        Arc::clone(environment),
+        Links::new(Arc::clone(environment)),
+    );
     let mut feed = lifecycle.watch(session.id).await?;
     let shutdown = CancellationToken::new();
     let running = tokio::spawn(Arc::clone(&lifecycle).run(shutdown.clone()));
@@ -92,7 +95,7 @@ async fn destroy(context: &Context, id: &str) -> Result<Output, Failed> {
     let session = context.session(id).await?;
     let environment = context.environment()?;
     if !session.state.is_terminal() {
-        let lifecycle = Lifecycle::new(
+        let lifecycle = Lifecycle::passing(
             context.store.clone(),
             Arc::clone(environment),
             Links::new(Arc::clone(environment)),

@@ -25,7 +25,7 @@ use async_trait::async_trait;
 use k8s_openapi::api::{core::v1::Pod, networking::v1::NetworkPolicy};
 use kube::{
     Resource as _,
-    api::{AttachParams, DeleteParams, ListParams, PostParams, Preconditions, Request},
+    api::{AttachParams, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions, Request},
 };
 use tokio::{
     sync::{OnceCell, watch},
@@ -47,7 +47,7 @@ use self::{
 use super::{ByteStream, Create, Environment, EnvironmentError, Observation, Observed, Phase};
 use crate::{
     exam::EnvironmentSpec,
-    identity::EnvironmentId,
+    identity::{EnvironmentId, SessionId, UserId},
     reason::{Reason, ReasonCode},
 };
 
@@ -158,6 +158,17 @@ impl Environment for KubernetesEnvironment {
                 format!("exec: {} gave no answer within {} s", self.inner.cluster.server, EXEC.as_secs());
             Err(EnvironmentError::Unavailable(why))
         })
+    }
+
+    async fn adopt(&self, id: EnvironmentId, owner: (UserId, SessionId)) -> Result<(), EnvironmentError> {
+        let (name, labels) = (pod::name(id), pod::adoption(owner));
+        let (patch, labels) = (PatchParams::default(), Patch::Merge(&labels));
+        let cluster = &self.inner.cluster;
+        match cluster.call(|| cluster.pods.patch_metadata(&name, &patch, &labels)).await {
+            Ok(_) => Ok(()),
+            Err(fault) if fault.is_not_found() => Err(EnvironmentError::NotFound),
+            Err(fault) => Err(fault.into_error("pod")),
+        }
     }
 
     async fn destroy(&self, id: EnvironmentId) -> Result<(), EnvironmentError> {

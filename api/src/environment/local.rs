@@ -33,7 +33,7 @@ use self::{
 use super::{ByteStream, Create, Environment, EnvironmentError, Observation, Observed};
 use crate::{
     exam::{EnvironmentSpec, Network},
-    identity::EnvironmentId,
+    identity::{EnvironmentId, SessionId, UserId},
     reason::{Reason, ReasonCode},
 };
 
@@ -173,6 +173,10 @@ impl Environment for LocalEnvironment {
         }
     }
 
+    async fn adopt(&self, id: EnvironmentId, owner: (UserId, SessionId)) -> Result<(), EnvironmentError> {
+        self.blocking(move |inner| inner.adopt(id, owner)).await
+    }
+
     async fn destroy(&self, id: EnvironmentId) -> Result<(), EnvironmentError> {
         self.blocking(move |inner| inner.destroy(id)).await
     }
@@ -244,6 +248,17 @@ impl Inner {
         directory.write(&record).map_err(unavailable)?;
         drop(directory);
         self.changed.notify_one();
+        Ok(())
+    }
+
+    fn adopt(&self, id: EnvironmentId, owner: (UserId, SessionId)) -> Result<(), EnvironmentError> {
+        let directory = Locked::open(&self.path(id), Wait::Yes).map_err(unavailable)?;
+        let directory = directory.ok_or(EnvironmentError::NotFound)?;
+        let record = directory.record().ok_or(EnvironmentError::NotFound)?;
+        if record.owner.is_none() {
+            directory.write(&Record { owner: Some(owner), ..record }).map_err(unavailable)?;
+            self.changed.notify_one();
+        }
         Ok(())
     }
 

@@ -17,13 +17,13 @@ use super::{
     ApiState,
     error::{ApiError, Data, Failure, Success},
 };
-use crate::session::State as SessionState;
+use crate::{metrics::Counts, session::State as SessionState, store::WarmState};
 
 /// Sessions are counted at most this often: anybody may ask.
 const COUNT_EVERY: Duration = Duration::from_secs(5);
 
-/// Sessions by state, when they were last counted.
-pub type Counted = Option<(Instant, Arc<[(SessionState, u64)]>)>;
+/// What was counted, and when.
+pub type Counted = Option<(Instant, Arc<Counts>)>;
 
 /// One word.
 #[derive(Debug, Serialize, ToSchema)]
@@ -65,21 +65,26 @@ pub async fn ready(State(state): State<ApiState>) -> Result<Data<HealthBody>, Ap
     responses((status = 200, body = String, content_type = "text/plain", description = "Prometheus text"))
 )]
 pub async fn metrics(State(state): State<ApiState>) -> impl IntoResponse {
-    let states = count(&state).await;
-    let text = state.auth().metrics().render(states.as_deref());
+    let counts = count(&state).await;
+    let text = state.auth().metrics().render(counts.as_deref());
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }
 
-async fn count(state: &ApiState) -> Option<Arc<[(SessionState, u64)]>> {
+async fn count(state: &ApiState) -> Option<Arc<Counts>> {
     let mut counted = state.counted().lock().await;
-    if let Some((at, states)) = counted.as_ref()
+    if let Some((at, counts)) = counted.as_ref()
         && at.elapsed() < COUNT_EVERY
     {
-        return Some(Arc::clone(states));
+        return Some(Arc::clone(counts));
     }
     let sessions = state.store().unreleased_sessions().await.ok()?;
-    let of = |state| sessions.iter().filter(|session| session.state == state).count() as u64;
-    let states: Arc<[_]> = SessionState::ALL.into_iter().map(|state| (state, of(state))).collect();
-    *counted = Some((Instant::now(), Arc::clone(&states)));
-    Some(states)
+    let warm = state.store().warm_environments().await.ok()?;
+    let in_state = |state| sessions.iter().filter(|session| session.state == state).count() as u64;
+    let warm_in_state = |state| warm.iter().filter(|warm| warm.state == state).count() as u64;
+    let counts = Arc::new(Counts {
+        sessions: SessionState::ALL.into_iter().map(|state| (state, in_state(state))).collect(),
+        warm: WarmState::ALL.into_iter().map(|state| (state, warm_in_state(state))).collect(),
+    });
+    *counted = Some((Instant::now(), Arc::clone(&counts)));
+    Some(counts)
 }

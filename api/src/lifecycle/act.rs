@@ -1,10 +1,10 @@
 //! The acts that end something. Each may be repeated, and gives up rather than wait for long.
 use std::time::Duration;
 
-use super::{Lifecycle, pass::Done};
+use super::{Lifecycle, flight::Done};
 use crate::{
     environment::{EnvironmentError, Phase},
-    identity::EnvironmentId,
+    identity::{EnvironmentId, SessionId, UserId},
     reason::{Reason, ReasonCode},
     session::{Session, State},
     store::{Actor, StoreError, Transition},
@@ -70,22 +70,40 @@ impl Lifecycle {
         }
     }
 
-    /// Ends an environment that no session has.
+    /// Ends an environment that nobody has.
     pub(super) async fn destroy_orphan(&self, id: EnvironmentId) -> Done {
-        // Asked directly: the list that it was missing from has a limit.
-        match self.store.environment_session(id).await {
-            Ok(Some(session)) if session.released_at.is_none() => return Done::Yes,
-            Ok(_) => {}
+        match self.is_somebodys(id).await {
+            Ok(true) => return Done::Yes,
+            Ok(false) => {}
             Err(error) => {
                 tracing::warn!(%error, "whose environment it is could not be asked");
                 return Done::Again;
             }
         }
-        tracing::warn!("an environment without a session is destroyed");
+        tracing::warn!("an environment that nobody has is destroyed");
         self.destroy_environment(id).await
     }
 
-    async fn destroy_environment(&self, id: EnvironmentId) -> Done {
+    /// Asked directly: the lists that it was missing from have a limit. The pool first: it goes from there to a session.
+    async fn is_somebodys(&self, id: EnvironmentId) -> Result<bool, StoreError> {
+        let warm = self.store.is_warm(id).await?;
+        let session = self.store.environment_session(id).await?;
+        Ok(warm || session.is_some_and(|session| session.released_at.is_none()))
+    }
+
+    /// Has the backend write down whose a claimed environment is.
+    pub(super) async fn adopt(&self, id: EnvironmentId, owner: (UserId, SessionId)) -> Done {
+        let Ok(_turn) = self.warming.acquire().await else { return Done::Again };
+        match self.environment.adopt(id, owner).await {
+            Ok(()) | Err(EnvironmentError::NotFound) => Done::Yes,
+            Err(error) => {
+                tracing::warn!(%error, "the environment could not be given its session's name");
+                Done::Again
+            }
+        }
+    }
+
+    pub(super) async fn destroy_environment(&self, id: EnvironmentId) -> Done {
         self.links.close(id);
         let Ok(_turn) = self.ending.acquire().await else { return Done::Again };
         if let Err(error) = self.environment.destroy(id).await

@@ -3,8 +3,9 @@
 //! Everything the lifecycle knows about *when* stands here; how it is done is `act`'s.
 use crate::{
     environment::{Observation, Phase},
+    identity::EnvironmentId,
     reason::{Reason, ReasonCode},
-    session::{Session, State},
+    session::{STEPS, Session, State},
 };
 
 /// From the making of a session until it must be ready, ms.
@@ -27,7 +28,13 @@ impl Seen {
     /// What the last look says about this session.
     #[must_use]
     pub fn of(session: &Session, observation: &Observation) -> Self {
-        match session.environment_id.and_then(|id| observation.environments.get(&id)) {
+        Self::at(session.environment_id, observation)
+    }
+
+    /// What the last look says about this environment.
+    #[must_use]
+    pub fn at(id: Option<EnvironmentId>, observation: &Observation) -> Self {
+        match id.and_then(|id| observation.environments.get(&id)) {
             Some(observed) => Self::Present(observed.phase.clone()),
             None if observation.complete && observation.unavailable.is_none() => Self::Absent,
             None => Self::Unknown,
@@ -107,7 +114,18 @@ fn deadline(session: &Session) -> (i64, Step) {
             let (until, code) = earlier((over, ReasonCode::TimeExpired), abandoned);
             (until, State::Terminated, code)
         }
-        _ => (session.created_at.saturating_add(START_TIMEOUT_MS), State::Failed, ReasonCode::StartTimeout),
+        _ => {
+            let step = session.step.min(STEPS.len() - 1);
+            let details = format!(
+                "The environment was not ready within {} seconds. It stood at step {} of {}: {}",
+                START_TIMEOUT_MS / 1000,
+                step + 1,
+                STEPS.len(),
+                STEPS.get(step).copied().unwrap_or_default()
+            );
+            let until = session.created_at.saturating_add(START_TIMEOUT_MS);
+            return (until, end(State::Failed, Reason::new(ReasonCode::StartTimeout, details)));
+        }
     };
     (until, end(to, code.into()))
 }

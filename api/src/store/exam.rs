@@ -5,7 +5,7 @@ use super::{
     Store, StoreError,
     actor::{Actor, Subject, audit},
 };
-use crate::exam::Exam;
+use crate::exam::{Exam, Recipe};
 
 /// Exams listed at most: a list is held in memory.
 const LISTED: i64 = 1000;
@@ -18,6 +18,11 @@ pub(super) fn document(exam: &Exam) -> Result<String, StoreError> {
     serde_json::to_string(exam).map_err(|_| StoreError::Corrupt("an exam's definition"))
 }
 
+/// The text by which recipes are compared.
+pub(super) fn recipe(recipe: &Recipe) -> Result<String, StoreError> {
+    serde_json::to_string(recipe).map_err(|_| StoreError::Corrupt("an exam's recipe"))
+}
+
 impl Store {
     /// Makes or replaces an exam. Sessions that exist keep the exam as it was.
     ///
@@ -25,17 +30,22 @@ impl Store {
     /// [`StoreError::Unavailable`].
     pub async fn put_exam(&self, exam: &Exam) -> Result<(), StoreError> {
         let document = document(exam)?;
+        let recipe = recipe(&Recipe::of(exam))?;
         self.bounded(async {
             let mut write = self.write().await?;
             // An unchanged one leaves no trace: a server puts its files at every start.
             let changed = sqlx::query(
-                "insert into exam (id, document, updated_at) values ($1, $2, (select now_ms from clock))
+                "insert into exam (id, document, warm, recipe, updated_at)
+                 values ($1, $2, $3, $4, (select now_ms from clock))
                  on conflict (id) do update
-                 set document = excluded.document, updated_at = excluded.updated_at
-                 where exam.document <> excluded.document",
+                 set document = excluded.document, warm = excluded.warm, recipe = excluded.recipe,
+                     updated_at = excluded.updated_at
+                 where exam.document <> excluded.document or exam.recipe <> excluded.recipe",
             )
             .bind(exam.id.clone())
             .bind(document)
+            .bind(i64::from(exam.warm))
+            .bind(recipe)
             .execute(&mut *write.sql)
             .await?
             .rows_affected();

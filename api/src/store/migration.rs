@@ -22,11 +22,12 @@ macro_rules! step {
 }
 
 /// Number, name, text (of SQLite), text of PostgreSQL where it is another one.
-const STEPS: [(i64, &str, &str, Option<&str>); 4] = [
+const STEPS: [(i64, &str, &str, Option<&str>); 5] = [
     step!(each 1 "0001_clock"),
     step!(common 2 "0002_session"),
     step!(common 3 "0003_access"),
     step!(each 4 "0004_guard"),
+    step!(common 5 "0005_warm"),
 ];
 
 fn migrator(dialect: Dialect) -> Migrator {

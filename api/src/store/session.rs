@@ -2,7 +2,7 @@
 use sqlx::{Row as _, any::AnyRow};
 
 use super::{
-    Store, StoreError,
+    Store, StoreError, Write,
     actor::{Actor, audit},
     exam,
 };
@@ -136,6 +136,85 @@ fn session(row: &AnyRow) -> Result<Session, StoreError> {
 /// Cut at a character, because a tail of some program's output may be long.
 fn shortened(details: &str) -> String {
     details.get(..details.floor_char_boundary(DETAILS_BYTES)).unwrap_or_default().replace('\0', "\u{fffd}")
+}
+
+/// The change itself, within a write. `remark` goes to the audit entry of a change that has no reason.
+pub(super) async fn transition(
+    write: &mut Write<'_>,
+    current: &Session,
+    change: Transition,
+    actor: &Actor,
+    remark: Option<&str>,
+) -> Result<Session, StoreError> {
+    let allowed = current.state.next();
+    let illegal = StoreError::IllegalTransition { current: current.state, requested: change.to, allowed };
+    if !allowed.contains(&change.to) {
+        return Err(illegal);
+    }
+    if change.to.is_terminal() && change.reason.is_none() {
+        return Err(StoreError::ReasonRequired);
+    }
+    let to = change.to.as_str();
+    let environment_id = change.environment_id.or(current.environment_id).map(|id| id.to_string());
+    let reason = change.reason.filter(|_| change.to.is_terminal());
+    let code = reason.as_ref().map(|reason| reason.code.as_str());
+    let details = reason.as_ref().map(|reason| shortened(&reason.technical_details));
+    let step = change.step.and_then(|step| i64::try_from(step).ok());
+    let row = sqlx::query(
+        "insert into session_transition
+             (session_id, user_id, number, previous_number, from_state, to_state, environment_id, reason_code,
+              reason_details, actor_kind, actor_id, at)
+         select id, user_id, transition_number + 1, transition_number, state, $1, $2, $3, $4, $5, $6, now_ms
+         from session, clock where id = $7 and state = $8 and version = $9 returning at",
+    )
+    .bind(to)
+    .bind(environment_id.clone())
+    .bind(code)
+    .bind(details.clone())
+    .bind(actor.kind())
+    .bind(actor.id())
+    .bind(current.id.to_string())
+    .bind(current.state.as_str())
+    .bind(current.version)
+    .fetch_optional(&mut *write.sql)
+    .await
+    .map_err(|error| match StoreError::from(error) {
+        StoreError::Refused(_) => illegal,
+        other => other,
+    })?;
+    let Some(row) = row else { return Err(StoreError::Conflict) };
+    let now: i64 = row.try_get(0)?;
+    let row = sqlx::query(concat!(
+        "update session set state = $1, transition_number = transition_number + 1, version = version + 1, ",
+        "environment_id = coalesce(environment_id, $2), reason_code = $3, reason_details = $4, ",
+        "step = coalesce($5, step), updated_at = $6, ",
+        "active_at = case when $1 in ('ready', 'running') then $6 else active_at end, ",
+        "initializing_at = case when $1 = 'initializing' then $6 else initializing_at end, ",
+        "ready_at = case when $1 = 'ready' then $6 else ready_at end, ",
+        "started_at = case when $1 = 'running' then $6 else started_at end, ",
+        "ended_at = case when $1 in ('terminated', 'failed') then $6 else ended_at end ",
+        "where id = $7 and state = $8 and version = $9 returning ",
+        columns!()
+    ))
+    .bind(to)
+    .bind(environment_id)
+    .bind(code)
+    .bind(details)
+    .bind(step)
+    .bind(now)
+    .bind(current.id.to_string())
+    .bind(current.state.as_str())
+    .bind(current.version)
+    .fetch_optional(&mut *write.sql)
+    .await?;
+    let Some(row) = row else { return Err(StoreError::Conflict) };
+    let changed = session(&row)?;
+    let detail = match code.or(remark) {
+        Some(more) => format!("{} -> {to}: {more}", current.state),
+        None => format!("{} -> {to}", current.state),
+    };
+    audit(&mut write.sql, actor, "session.transition", (&changed).into(), Some(&detail)).await?;
+    Ok(changed)
 }
 
 impl Store {
@@ -293,84 +372,18 @@ impl Store {
         change: Transition,
         actor: &Actor,
     ) -> Result<Session, StoreError> {
-        let allowed = current.state.next();
-        let illegal = StoreError::IllegalTransition { current: current.state, requested: change.to, allowed };
-        if !allowed.contains(&change.to) {
-            return Err(illegal);
-        }
-        if change.to.is_terminal() && change.reason.is_none() {
-            return Err(StoreError::ReasonRequired);
-        }
-        let to = change.to.as_str();
-        let environment_id = change.environment_id.or(current.environment_id).map(|id| id.to_string());
-        let reason = change.reason.filter(|_| change.to.is_terminal());
-        let code = reason.as_ref().map(|reason| reason.code.as_str());
-        let details = reason.as_ref().map(|reason| shortened(&reason.technical_details));
-        let step = change.step.and_then(|step| i64::try_from(step).ok());
         self.bounded(async {
             let mut write = self.write().await?;
-            let row = sqlx::query(
-                "insert into session_transition
-                     (session_id, user_id, number, previous_number, from_state, to_state, environment_id, reason_code,
-                      reason_details, actor_kind, actor_id, at)
-                 select id, user_id, transition_number + 1, transition_number, state, $1, $2, $3, $4, $5, $6, now_ms
-                 from session, clock where id = $7 and state = $8 and version = $9 returning at",
-            )
-            .bind(to)
-            .bind(environment_id.clone())
-            .bind(code)
-            .bind(details.clone())
-            .bind(actor.kind())
-            .bind(actor.id())
-            .bind(current.id.to_string())
-            .bind(current.state.as_str())
-            .bind(current.version)
-            .fetch_optional(&mut *write.sql)
-            .await
-            .map_err(|error| match StoreError::from(error) {
-                StoreError::Refused(_) => illegal,
-                other => other,
-            })?;
-            let Some(row) = row else {
-                write.rollback().await?;
-                return Err(StoreError::Conflict);
-            };
-            let now: i64 = row.try_get(0)?;
-            let row = sqlx::query(concat!(
-                "update session set state = $1, transition_number = transition_number + 1, version = version + 1, ",
-                "environment_id = coalesce(environment_id, $2), reason_code = $3, reason_details = $4, ",
-                "step = coalesce($5, step), updated_at = $6, ",
-                "active_at = case when $1 in ('ready', 'running') then $6 else active_at end, ",
-                "initializing_at = case when $1 = 'initializing' then $6 else initializing_at end, ",
-                "ready_at = case when $1 = 'ready' then $6 else ready_at end, ",
-                "started_at = case when $1 = 'running' then $6 else started_at end, ",
-                "ended_at = case when $1 in ('terminated', 'failed') then $6 else ended_at end ",
-                "where id = $7 and state = $8 and version = $9 returning ",
-                columns!()
-            ))
-            .bind(to)
-            .bind(environment_id)
-            .bind(code)
-            .bind(details)
-            .bind(step)
-            .bind(now)
-            .bind(current.id.to_string())
-            .bind(current.state.as_str())
-            .bind(current.version)
-            .fetch_optional(&mut *write.sql)
-            .await?;
-            let Some(row) = row else {
-                write.rollback().await?;
-                return Err(StoreError::Conflict);
-            };
-            let changed = session(&row)?;
-            let detail = match code {
-                Some(code) => format!("{} -> {to}: {code}", current.state),
-                None => format!("{} -> {to}", current.state),
-            };
-            audit(&mut write.sql, actor, "session.transition", (&changed).into(), Some(&detail)).await?;
-            write.commit().await?;
-            Ok(changed)
+            match transition(&mut write, current, change, actor, None).await {
+                Ok(changed) => {
+                    write.commit().await?;
+                    Ok(changed)
+                }
+                Err(error) => {
+                    write.rollback().await?;
+                    Err(error)
+                }
+            }
         })
         .await
     }

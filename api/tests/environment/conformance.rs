@@ -218,7 +218,7 @@ pub async fn creating_twice_is_one_environment(backend: &mut impl Backend) {
     assert_eq!(room.again(backend).text("cat ~/file").await, "mine");
     seen(backend, room.id, is_up).await;
     let observed = environment.inspect(room.id).await.unwrap().unwrap();
-    assert_eq!((observed.phase, observed.warm), (Phase::Up, false));
+    assert_eq!((observed.phase, observed.owner), (Phase::Up, request.owner.map(|(_, session)| session)));
     assert_eq!(environment.observe().borrow().environments.len(), 1);
 }
 
@@ -235,10 +235,18 @@ pub async fn many_can_be_made_at_once(backend: &mut impl Backend) {
     assert!(ends.iter().all(Result::is_ok), "{ends:?}");
 }
 
-pub async fn one_without_an_owner_is_kept_warm(backend: &mut impl Backend) {
+pub async fn one_without_an_owner_is_given_one(backend: &mut impl Backend) {
     let request = Create { owner: None, ..create_request(EnvironmentSpec::default()) };
-    backend.environment().create(&request).await.unwrap();
-    assert!(seen(backend, request.environment_id, is_up).await.unwrap().warm);
+    let environment = backend.environment();
+    environment.create(&request).await.unwrap();
+    assert_eq!(seen(backend, request.environment_id, is_up).await.unwrap().owner, None);
+    let owner = (UserId::new(), SessionId::new());
+    environment.adopt(request.environment_id, owner).await.unwrap();
+    environment.adopt(request.environment_id, owner).await.unwrap();
+    let adopted = |observed: Option<&Observed>| observed.is_some_and(|seen| seen.owner == Some(owner.1));
+    assert_eq!(seen(backend, request.environment_id, adopted).await.unwrap().phase, Phase::Up);
+    let unknown = environment.adopt(EnvironmentId::new(), owner).await;
+    assert!(matches!(unknown, Err(EnvironmentError::NotFound)), "{unknown:?}");
 }
 
 pub async fn every_exit_status_comes_back_exactly(backend: &mut impl Backend) {

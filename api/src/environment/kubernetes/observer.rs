@@ -32,7 +32,7 @@ const PAGE: u32 = 500;
 /// A watch is opened anew after this, seconds; the API server sends a bookmark about every minute.
 const WATCH: u32 = 240;
 /// How often the API server is asked whether it is there: a watch that is silent says nothing.
-const PROBE: Duration = Duration::from_secs(5);
+const PROBE: Duration = Duration::from_secs(3);
 /// How often doubts are looked at.
 const LOOK: Duration = Duration::from_millis(500);
 /// From what age on a pod is slow to start, and how often the events of one are read.
@@ -204,7 +204,10 @@ impl Observer {
                         }
                     }
                 }
-                why = &mut probe => return Stop::Lost(Some(why)),
+                why = &mut probe => {
+                    self.away(why.clone());
+                    return Stop::Lost(Some(why));
+                }
                 found = &mut asking => self.hear(&found),
             }
         }

@@ -5,7 +5,7 @@ use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod}
 
 use super::{
     cluster::plain,
-    pod::{AGENT, ENVIRONMENT, SESSION, WARM},
+    pod::{AGENT, ENVIRONMENT, SESSION, SESSION_ID},
 };
 use crate::{
     environment::{Observed, Phase},
@@ -65,7 +65,7 @@ pub(super) fn observed(pod: &Pod, phase: Phase) -> Observed {
         name: metadata.name.clone().unwrap_or_default(),
         namespace: metadata.namespace.clone().unwrap_or_default(),
         created_at: metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_millisecond()),
-        warm: metadata.labels.as_ref().and_then(|labels| labels.get(WARM)).is_some_and(|warm| warm == "true"),
+        owner: metadata.labels.as_ref().and_then(|labels| labels.get(SESSION_ID)?.parse().ok()),
     }
 }
 

@@ -6,15 +6,19 @@ use super::KubernetesOptions;
 use crate::{
     environment::Create,
     exam::{EnvironmentSpec, Network},
-    identity::EnvironmentId,
+    identity::{EnvironmentId, SessionId, UserId},
 };
 
 /// Label and value of everything that Carrel makes.
 pub(super) const MANAGED: (&str, &str) = ("app.kubernetes.io/managed-by", "carrel");
 /// Label: the environment's id.
 pub(super) const ENVIRONMENT: &str = "carrel.dev/environment";
-/// Label: `true` on environments that were made before their session.
-pub(super) const WARM: &str = "carrel.dev/warm";
+/// Label: `true` on environments that no session has yet.
+const WARM: &str = "carrel.dev/warm";
+/// Label: whose it is.
+const USER_ID: &str = "carrel.dev/user";
+/// Label: which session's it is.
+pub(super) const SESSION_ID: &str = "carrel.dev/session";
 /// The container that candidates work in.
 pub(super) const SESSION: &str = "session";
 /// The container that brings the agent.
@@ -58,10 +62,16 @@ pub(super) fn labels(request: &Create) -> Value {
         WARM: request.owner.is_none().to_string(),
     });
     if let (Some((user, session)), Some(labels)) = (request.owner, labels.as_object_mut()) {
-        labels.insert("carrel.dev/user".to_owned(), user.to_string().into());
-        labels.insert("carrel.dev/session".to_owned(), session.to_string().into());
+        labels.insert(USER_ID.to_owned(), user.to_string().into());
+        labels.insert(SESSION_ID.to_owned(), session.to_string().into());
     }
     labels
+}
+
+/// What makes an environment that was kept warm a session's.
+pub(super) fn adoption((user, session): (UserId, SessionId)) -> Value {
+    let labels = json!({ WARM: "false", USER_ID: user.to_string(), SESSION_ID: session.to_string() });
+    json!({ "metadata": { "labels": labels } })
 }
 
 /// What of a text a label's value can hold: 63 characters that end with a letter or digit.

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::*;
 use crate::environment::{ByteStream, Create, Observation, Observed};
+use crate::identity::{SessionId, UserId};
 
 type Answer = fn(Request<h2::RecvStream>, SendResponse<Bytes>);
 
@@ -86,6 +87,10 @@ impl Environment for Fake {
             Agent::Refuses => return Err(EnvironmentError::Unavailable("not now".into())),
         }
         Ok(Box::new(near))
+    }
+
+    async fn adopt(&self, _: EnvironmentId, _: (UserId, SessionId)) -> Result<(), EnvironmentError> {
+        Ok(())
     }
 
     async fn destroy(&self, _: EnvironmentId) -> Result<(), EnvironmentError> {

@@ -113,7 +113,7 @@ impl Inner {
             name: id.to_string(),
             namespace: "local".into(),
             created_at: record.created_at,
-            warm: record.owner.is_none(),
+            owner: record.owner.map(|(_, session)| session),
         }
     }
 

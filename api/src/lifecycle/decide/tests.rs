@@ -202,7 +202,7 @@ fn an_absence_counts_only_in_a_complete_look_of_a_backend_that_answers() {
         name: "n".into(),
         namespace: "local".into(),
         created_at: MADE,
-        warm: false,
+        owner: None,
     };
     look.environments.insert(id, observed);
     assert_eq!(Seen::of(&session, &look), Seen::Present(Phase::Up));

@@ -116,8 +116,8 @@ fn a_pod_is_shown_under_its_own_name() {
     let pod = recorded!("running");
     let shown = observed(&pod, Phase::Up);
     assert_eq!(
-        (shown.name.as_str(), shown.namespace.as_str(), shown.warm),
-        ("carrel-up", "carrel-sessions", false)
+        (shown.name.as_str(), shown.namespace.as_str(), shown.owner),
+        ("carrel-up", "carrel-sessions", None)
     );
     assert!(shown.created_at > 1_700_000_000_000);
     assert!(environment_id(&pod).is_some());

@@ -1,0 +1,225 @@
+//! Has one environment made, reaches its agent and prepares the exam in it: for a session, or to keep it warm.
+//!
+//! Each part may be done again by whoever goes on after a restart. Nothing here has a deadline over all: whoever asked cancels.
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::{Semaphore, watch},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{Lifecycle, flight::pause};
+use crate::{
+    environment::{
+        Create, EnvironmentError, Observation, Phase,
+        link::{Link, LinkError},
+    },
+    reason::{Reason, ReasonCode},
+    store::StoreError,
+};
+
+/// Attempts to have an environment made while the backend does not answer.
+const CREATE_ATTEMPTS: u32 = 3;
+/// Made, and still not to be seen: asked for again this often.
+const CREATE_AGAIN: Duration = Duration::from_secs(2);
+/// The first and the longest pause between two attempts to reach the agent.
+const PROBE: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(100));
+/// One attempt to reach the agent.
+const PROBE_LIMIT: Duration = Duration::from_secs(5);
+/// A look without an event while there is nothing to reach.
+const LOOK: Duration = Duration::from_secs(1);
+/// Between two attempts to reach an agent whose connection was lost under the setup script.
+const REACH_AGAIN: Duration = Duration::from_millis(500);
+/// Index into [`crate::session::STEPS`] while the setup script runs.
+const PREPARING: usize = 3;
+
+/// Why a start stops before it is ready.
+pub(super) enum Stop {
+    /// Somebody else's turn: the next pass decides.
+    Yield,
+    /// To be tried again after a pause.
+    Again,
+    /// It has failed.
+    Fail(Reason),
+}
+
+impl From<StoreError> for Stop {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Conflict | StoreError::IllegalTransition { .. } => Self::Yield,
+            error => {
+                tracing::warn!(%error, "the start could not be recorded");
+                Self::Again
+            }
+        }
+    }
+}
+
+/// Is told each later step, an index into [`crate::session::STEPS`].
+pub(super) trait Witness: Send {
+    fn step(&mut self, step: usize) -> impl Future<Output = Result<(), Stop>> + Send;
+}
+
+/// One environment on its way.
+pub(super) struct Making<'a> {
+    pub lifecycle: &'a Arc<Lifecycle>,
+    pub request: &'a Create,
+    /// How many may call the backend and agents at once.
+    pub turns: &'a Semaphore,
+    pub cancel: &'a CancellationToken,
+}
+
+impl Making<'_> {
+    /// Until the agent has answered and the exam's setup script, if there is one, has run.
+    pub(super) async fn run(&self, witness: &mut impl Witness) -> Result<(), Stop> {
+        let mut observation = self.lifecycle.environment.observe();
+        self.create().await?;
+        let link = self.reach(&mut observation, witness).await?;
+        if let Some(script) = &self.request.spec.setup {
+            witness.step(PREPARING).await?;
+            self.set_up(link, script).await?;
+        }
+        Ok(())
+    }
+
+    /// Has the environment made. Is never broken off half-way: a destruction that follows must find all of it.
+    async fn create(&self) -> Result<(), Stop> {
+        let mut attempt = 1;
+        loop {
+            let Ok(turn) = self.turns.acquire().await else { return Err(Stop::Yield) };
+            if self.cancel.is_cancelled() {
+                return Err(Stop::Yield);
+            }
+            let created = self.lifecycle.environment.create(self.request).await;
+            drop(turn);
+            let said = match created {
+                Ok(()) => return Ok(()),
+                Err(EnvironmentError::Refused(reason)) => return Err(Stop::Fail(reason)),
+                Err(error @ (EnvironmentError::Unavailable(_) | EnvironmentError::NotFound)) => {
+                    error.to_string()
+                }
+            };
+            tracing::warn!(attempt, error = said, "the environment could not be made");
+            if attempt >= CREATE_ATTEMPTS {
+                let details =
+                    format!("{CREATE_ATTEMPTS} attempts to make the environment failed; the last: {said}");
+                return Err(Stop::Fail(Reason::new(ReasonCode::ClusterUnavailable, details)));
+            }
+            self.sleep(pause(attempt)).await?;
+            attempt += 1;
+        }
+    }
+
+    /// Waits for the agent to answer, and tells the steps until then.
+    async fn reach(
+        &self,
+        observation: &mut watch::Receiver<Arc<Observation>>,
+        witness: &mut impl Witness,
+    ) -> Result<Arc<Link>, Stop> {
+        let mut asked = Instant::now();
+        let mut delay = PROBE.0;
+        loop {
+            let look = Arc::clone(&observation.borrow_and_update());
+            let seen = look.environments.get(&self.request.environment_id);
+            let reachable = match seen.map(|observed| &observed.phase) {
+                Some(Phase::Up) => true,
+                Some(Phase::Starting { step, reachable }) => {
+                    witness.step(*step).await?;
+                    *reachable
+                }
+                // The next pass draws the conclusion.
+                Some(Phase::Ending | Phase::Failed(_)) => return Err(Stop::Yield),
+                None => {
+                    if look.complete && look.unavailable.is_none() && asked.elapsed() >= CREATE_AGAIN {
+                        self.create().await?;
+                        asked = Instant::now();
+                    }
+                    false
+                }
+            };
+            let wait = if reachable {
+                if let Some(link) = self.probe().await? {
+                    return Ok(link);
+                }
+                let wait = delay;
+                delay = (delay * 2).min(PROBE.1);
+                wait
+            } else {
+                LOOK
+            };
+            tokio::select! {
+                () = self.cancel.cancelled() => return Err(Stop::Yield),
+                _ = observation.changed(), if !reachable => {}
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+    }
+
+    /// One attempt.
+    async fn probe(&self) -> Result<Option<Arc<Link>>, Stop> {
+        let (id, links) = (self.request.environment_id, &self.lifecycle.links);
+        let attempt = async {
+            let _turn = self.turns.acquire().await.ok()?;
+            let answer = async {
+                let link = links.get(id).await?;
+                link.health().await.map(|_| link)
+            };
+            match tokio::time::timeout(PROBE_LIMIT, answer).await {
+                Ok(Ok(link)) => Some(link),
+                Ok(Err(error)) => {
+                    tracing::debug!(%error, "the agent does not answer yet");
+                    None
+                }
+                Err(_) => {
+                    // Whatever hangs is not tried again.
+                    links.close(id);
+                    None
+                }
+            }
+        };
+        tokio::select! {
+            () = self.cancel.cancelled() => Err(Stop::Yield),
+            link = attempt => Ok(link),
+        }
+    }
+
+    /// Runs the exam's script, which has until the start is overdue. The agent runs it once, however often it is asked: when the
+    /// connection is lost under it, the next one learns its end.
+    async fn set_up(&self, mut link: Arc<Link>, script: &str) -> Result<(), Stop> {
+        let failed = |details: String| Stop::Fail(Reason::new(ReasonCode::SetupFailed, details));
+        loop {
+            let result = tokio::select! {
+                () = self.cancel.cancelled() => return Err(Stop::Yield),
+                result = link.setup(script) => result,
+            };
+            match result {
+                Ok(result) if result.exit_code == 0 => return Ok(()),
+                Ok(result) => {
+                    let tail = result.tail.trim_end();
+                    return Err(failed(format!(
+                        "The setup script ended with {}; its last lines:\n{tail}",
+                        result.exit_code
+                    )));
+                }
+                Err(LinkError::Refused(said)) => {
+                    return Err(failed(format!("The setup script was refused: {said}")));
+                }
+                Err(error) => tracing::warn!(%error, "the connection was lost under the setup script"),
+            }
+            link = loop {
+                self.sleep(REACH_AGAIN).await?;
+                if let Some(link) = self.probe().await? {
+                    break link;
+                }
+            };
+        }
+    }
+
+    async fn sleep(&self, duration: Duration) -> Result<(), Stop> {
+        tokio::select! {
+            () = self.cancel.cancelled() => Err(Stop::Yield),
+            () = tokio::time::sleep(duration) => Ok(()),
+        }
+    }
+}
