@@ -244,3 +244,6 @@ pub async fn resizes(mut control: watch::Receiver<Control>, mut sizes: Sizes) ->
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
