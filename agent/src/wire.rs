@@ -19,6 +19,10 @@
 //! Errors are a 4xx or 5xx status with [`ERROR`], a sentence.
 use serde::{Deserialize, Serialize};
 
+/// A variable of the agent's own environment that begins so is given to every process, without this. Secrets may be among them: in
+/// arguments every user of the machine could read them.
+pub const ENV_PREFIX: &str = "CARREL_ENV_";
+
 /// Header: base64url (no padding) of the JSON of a [`ProcessSpec`].
 pub const SPEC: &str = "carrel-spec";
 /// Header: base64url (no padding) of a command's raw bytes, given to the shell with `-c`. Absent: a login shell.

@@ -251,9 +251,8 @@ impl Visit {
         Over::of(&session).map_or(Ok(()), |over| Err(Refusal::Over(over)))
     }
 
-    /// Starts a process. The exam's variables are added here.
-    pub async fn start(&self, command: Option<&[u8]>, mut spec: ProcessSpec) -> Result<Process, Refusal> {
-        self.surround(&mut spec);
+    /// Starts a process. Its environment adds the exam's variables.
+    pub async fn start(&self, command: Option<&[u8]>, spec: ProcessSpec) -> Result<Process, Refusal> {
         self.ask(|link| {
             let spec = &spec;
             async move { link.start(command, spec).await }
@@ -281,11 +280,6 @@ impl Visit {
             return Err(Refusal::Forbidden("this exam does not allow port forwarding"));
         }
         self.ask(|link| async move { link.tcp(port).await }).await
-    }
-
-    fn surround(&self, spec: &mut ProcessSpec) {
-        let exam = self.exam.environment.env.iter().map(|(name, value)| (name.clone(), value.clone()));
-        spec.env = exam.chain(std::mem::take(&mut spec.env)).collect();
     }
 
     fn environment(&self) -> Result<EnvironmentId, LinkError> {
