@@ -3,7 +3,7 @@ use std::{
     io::{self, IoSlice, IoSliceMut, Read as _},
     mem::MaybeUninit,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream as StdStream,
     },
     path::Path,
@@ -29,6 +29,8 @@ use crate::spawn;
 
 /// A peer that hands nothing over after this long is let go.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Bytes that a pipe holds.
+const PIPE: usize = 256 << 10;
 /// What the agent says when it is done with the descriptors.
 const DONE: u8 = b'.';
 
@@ -103,8 +105,25 @@ impl Half {
     fn new(descriptor: OwnedFd) -> io::Result<Self> {
         let flags = rustix::fs::fcntl_getfl(&descriptor)?;
         rustix::fs::fcntl_setfl(&descriptor, flags | OFlags::NONBLOCK)?;
+        // Fewer wake-ups of both ends; as it is where it is no pipe, or the user may have no larger ones.
+        let _ = rustix::pipe::fcntl_setpipe_size(&descriptor, PIPE);
         // A file cannot be waited for, and is refused here.
         Ok(Self { descriptor: spawn::watch(descriptor)?, flags })
+    }
+}
+
+impl Half {
+    fn poll_write_with(
+        &self,
+        context: &mut Context<'_>,
+        mut write: impl FnMut(BorrowedFd<'_>) -> rustix::io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            let mut ready = ready!(self.descriptor.poll_write_ready(context))?;
+            if let Ok(result) = ready.try_io(|descriptor| Ok(write(descriptor.as_fd())?)) {
+                return Poll::Ready(result);
+            }
+        }
     }
 }
 
@@ -133,12 +152,20 @@ impl AsyncRead for Handed {
 
 impl AsyncWrite for Handed {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        loop {
-            let mut ready = ready!(self.output.descriptor.poll_write_ready(context))?;
-            if let Ok(result) = ready.try_io(|descriptor| Ok(rustix::io::write(descriptor, bytes)?)) {
-                return Poll::Ready(result);
-            }
-        }
+        self.output.poll_write_with(context, |descriptor| rustix::io::write(descriptor, bytes))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        parts: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.output.poll_write_with(context, |descriptor| rustix::io::writev(descriptor, parts))
+    }
+
+    /// Else h2 copies the head of each frame apart and writes it twice.
+    fn is_write_vectored(&self) -> bool {
+        true
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {

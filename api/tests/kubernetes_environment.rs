@@ -93,7 +93,7 @@ async fn the_role_is_enough_and_less_is_said_at_start() {
 
     let less = std::fs::read_to_string("../charts/rbac.yaml")
         .unwrap()
-        .replace("[create, get, list, watch, delete]", "[create, get, list, delete]");
+        .replace("[create, get, list, watch, patch, delete]", "[create, get, list, patch, delete]");
     let backend = Pods::with(&less).await.unwrap();
     let said = backend.kubernetes().check().await.unwrap_err().to_string();
     assert!(said.contains(": watch pods;"), "{said}");

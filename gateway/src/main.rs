@@ -25,7 +25,7 @@ fn main() -> ExitCode {
 async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Serve(options) => {
-            log(options.log_format, "info");
+            start_log(options.log_format, "info");
             let mut told_to_end = EndSignals::new()?;
             let server = Server::start(&options).await?;
             told_to_end.wait().await;
@@ -33,7 +33,7 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Demo(options) => {
-            log(options.log_format, "warn");
+            start_log(options.log_format, "warn");
             demo::run(&options).await?;
             Ok(ExitCode::SUCCESS)
         }
@@ -42,13 +42,15 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
 }
 
 /// To stderr; `CARREL_LOG` filters as `tracing_subscriber::EnvFilter` reads it.
-fn log(format: LogFormat, default: &str) {
+fn start_log(format: LogFormat, default: &str) {
     let filter = EnvFilter::try_from_env("CARREL_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match format {
         LogFormat::Text => subscriber.init(),
         LogFormat::Json => subscriber.json().init(),
     }
+    // At the level of traces libraries show what passes through them, keystrokes too: no setting brings that into a log.
+    log::set_max_level(log::max_level().min(log::LevelFilter::Debug));
 }
 
 #[expect(clippy::print_stderr, reason = "the last words of a command line program")]

@@ -11,7 +11,7 @@ import os
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from cluster import SCRIPTS, Cluster
 from harness import wait_until
@@ -80,11 +80,11 @@ def away(cluster: Cluster, name: str, how: str) -> Iterator[Away]:
 def recover(cluster: Cluster) -> None:
     """Waits until the cluster makes pods at its usual pace again.
 
-    While the API server is away, scheduler and kubelet wait up to a minute between their attempts to reach it: they are
-    started anew, so that they ask at once.
+    While the API server is away, the others wait up to a minute between their attempts to reach it: they are started anew, so
+    that they ask at once.
     """
     wait_until("the API server answers", lambda: answers(cluster), within=60, every=0.2)
-    for name in ("kube-scheduler", "kubelet"):
+    for name in ("kube-controller-manager", "kube-scheduler", "kubelet"):
         component("stop", name)
         component("start", name)
     wait_until("the node takes pods", lambda: node_ready(cluster), within=60, every=0.2)
@@ -95,9 +95,3 @@ def recover(cluster: Cluster) -> None:
     finally:
         cluster.kubectl("delete", "pod", pod, "--force", "--grace-period=0", "--wait=false", namespace="default")
 
-
-def eventually_true(what: str, probe: Callable[[], bool], within: float) -> float:
-    """Waits, and returns how long it took."""
-    begun = time.monotonic()
-    wait_until(what, probe, within, every=0.1)
-    return time.monotonic() - begun

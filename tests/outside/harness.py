@@ -371,11 +371,14 @@ class Terminal:
         fcntl.ioctl(self._ours, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
 
     def wait(self, within: float = 15) -> int:
-        """The program's exit status."""
+        """The program's exit status. What it showed last is then in `seen`."""
         try:
-            return self.process.wait(within)
+            status = self.process.wait(within)
         except subprocess.TimeoutExpired:
             raise Late(f"the program did not end within {within} s; last shown: {self.seen[-2000:]!r}") from None
+        # Reading ends with the terminal's last program; one that the program left behind may hold it open.
+        self._reader.join(2)
+        return status
 
     def close(self) -> None:
         """Takes the terminal away."""

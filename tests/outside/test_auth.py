@@ -19,6 +19,7 @@ import pytest
 
 from cluster import Cluster
 from harness import Server, Session, Ssh, rss_kib, told, wait_until
+from test_websocket import json_client
 
 DENIED = b"Permission denied"
 
@@ -206,7 +207,8 @@ def test_no_secret_and_no_keystroke_reaches_the_log_or_a_command_line(
 ) -> None:
     with Server(work, env={"RUST_LOG": level, "CARREL_LOG": level}, cluster=place) as server:
         session = server.create_session(ssh_key=ssh_key)
-        typed, wrong, printed, stdin = (f"secret-{kind}-{uuid.uuid4().hex}" for kind in ("typed", "wrong", "printed", "stdin"))
+        kinds = ("typed", "wrong", "printed", "stdin", "browser")
+        typed, wrong, printed, stdin, browser = (f"secret-{kind}-{uuid.uuid4().hex}" for kind in kinds)
         session.ssh.run("echo in", password=wrong)
         ticket = session.ticket()
         server.http("GET", "/exams", key="carrel_wrong_" + wrong)
@@ -223,6 +225,9 @@ def test_no_secret_and_no_keystroke_reaches_the_log_or_a_command_line(
             terminal.wait()
         session.ssh.run(f"cat; echo {printed}", input=stdin.encode())
         session.ssh.run("cat; echo out", input=stdin.encode(), auth="key")
+        with json_client(session) as client:
+            client.type(f"echo {browser}; echo se''en\r")
+            client.expect("seen")
         log = server.log.read_text(errors="replace")
         assert session.id in log, "the log does not name the session: is anything logged at all?"
         secrets = {
@@ -231,6 +236,7 @@ def test_no_secret_and_no_keystroke_reaches_the_log_or_a_command_line(
             "ticket": ticket,
             "wrong password": wrong,
             "keystrokes": typed,
+            "keystrokes of a browser": browser,
             "output": printed,
             "input": stdin,
         }

@@ -57,6 +57,7 @@ def paramiko_client(session: Session, auth: str) -> paramiko.SSHClient:
 
 
 @pytest.mark.parametrize("auth", ["password", "key"])
+@pytest.mark.pods
 def test_paramiko(session: Session, auth: str, tmp_path: Path) -> None:
     with paramiko_client(session, auth) as client:
         transport = client.get_transport()
@@ -313,7 +314,7 @@ def test_puttys_plink_and_pscp(session: Session, tmp_path: Path, auth: str) -> N
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("pipelining", [False, True], ids=["files", "pipelining"])
+@pytest.mark.parametrize("pipelining", [False, pytest.param(True, marks=pytest.mark.pods)], ids=["files", "pipelining"])
 @pytest.mark.parametrize("auth", ["password", "key"])
 def test_ansible(session: Session, tmp_path: Path, auth: str, pipelining: bool) -> None:
     ssh = session.ssh

@@ -57,6 +57,7 @@ MODES = [pytest.param((), id="sftp-mode"), pytest.param(("-O",), id="scp-mode")]
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.pods
 def test_scp_of_a_tree_there_and_back(session: Session, tree: Path, tmp_path: Path, mode: tuple[str, ...]) -> None:
     ssh = session.ssh
     ssh.out("rm -rf ~/tree")
@@ -104,6 +105,7 @@ def test_scp_of_300_mb_there_and_back(server: Server, ssh_key: Path, tmp_path: P
     session.terminate()
 
 
+@pytest.mark.pods
 def test_sftp_in_batch(session: Session, tree: Path, tmp_path: Path) -> None:
     ssh = session.ssh
     ssh.out("rm -rf ~/s")
@@ -137,6 +139,7 @@ def test_sftp_resumes_a_broken_upload(session: Session, tmp_path: Path) -> None:
     assert ssh.out("sha256sum < ~/whole; rm ~/whole", auth="key").split()[0] == hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.pods
 def test_rsync_there_again_and_back(session: Session, tree: Path, tmp_path: Path) -> None:
     need("rsync")
     ssh = session.ssh
@@ -162,6 +165,7 @@ def test_rsync_there_again_and_back(session: Session, tree: Path, tmp_path: Path
     ssh.out("rm -rf ~/r")
 
 
+@pytest.mark.pods
 def test_tar_through_ssh_through_tar(session: Session, tree: Path, tmp_path: Path) -> None:
     ssh = session.ssh
     ssh.out("rm -rf ~/t && mkdir ~/t")
@@ -178,6 +182,7 @@ def test_tar_through_ssh_through_tar(session: Session, tree: Path, tmp_path: Pat
     ssh.out("rm -rf ~/t")
 
 
+@pytest.mark.pods
 def test_a_full_disk_is_an_error_and_not_a_silent_truncation(fresh: Session) -> None:
     """The home has a limit; what does not fit fails loudly. In a sandbox room comes back; a pod is evicted by its node."""
     done = fresh.ssh.run("head -c 40000000000 /dev/zero > ~/full; echo status $?; rm -f ~/full", timeout=110)
@@ -191,6 +196,7 @@ def test_a_full_disk_is_an_error_and_not_a_silent_truncation(fresh: Session) -> 
 
 
 @pytest.mark.parametrize("auth", ["password", "key"])
+@pytest.mark.pods
 def test_input_sent_before_the_environment_is_ready_is_kept(server: Server, ssh_key: Path, auth: str) -> None:
     session = server.create_session("slow-start", ssh_key=ssh_key, ready=False)
     data = os.urandom(2_000_000)
@@ -201,6 +207,7 @@ def test_input_sent_before_the_environment_is_ready_is_kept(server: Server, ssh_
     session.terminate()
 
 
+@pytest.mark.pods
 def test_scp_waits_for_an_environment_that_is_not_ready(server: Server, ssh_key: Path, tmp_path: Path) -> None:
     session = server.create_session("slow-start", ssh_key=ssh_key, ready=False)
     (tmp_path / "early").write_bytes(b"early bird" * 1000)

@@ -8,6 +8,8 @@ import pytest
 
 from harness import Server, Session, told
 
+pytestmark = pytest.mark.pods
+
 CHECKS = 86
 
 

@@ -32,6 +32,7 @@ def one_line(text: bytes) -> str:
 # --- states ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pods
 def test_a_session_goes_from_created_to_ready_to_running_to_terminated(server: Server) -> None:
     started = time.monotonic()
     session = server.create_session(ready=False)
@@ -58,6 +59,7 @@ def test_a_session_goes_from_created_to_ready_to_running_to_terminated(server: S
     wait_until("its environment is gone", lambda: not session.environment(), within=60)
 
 
+@pytest.mark.pods
 def test_status_shows_numbered_progress(server: Server) -> None:
     session = server.create_session("slow-start", ready=False)
     seen = set()
@@ -77,6 +79,7 @@ def test_status_shows_numbered_progress(server: Server) -> None:
     session.terminate()
 
 
+@pytest.mark.pods
 def test_a_terminal_shows_numbered_progress_until_the_shell_is_there(server: Server) -> None:
     session = server.create_session("slow-start", ready=False)
     with session.ssh.terminal() as terminal:
@@ -87,6 +90,7 @@ def test_a_terminal_shows_numbered_progress_until_the_shell_is_there(server: Ser
     session.terminate()
 
 
+@pytest.mark.pods
 def test_a_failed_setup_is_one_line_and_255_and_staff_see_its_last_lines(server: Server) -> None:
     session = server.create_session("broken", ready=False)
     done = session.ssh.run("echo in", timeout=40)
@@ -119,6 +123,7 @@ def test_a_start_that_takes_longer_than_60_s_fails(new_server: Callable[..., Ser
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.pods
 def test_a_session_that_nobody_uses_ends(server: Server) -> None:
     session = server.create_session("unused")
     session.wait_state("terminated", within=30)
@@ -128,6 +133,7 @@ def test_a_session_that_nobody_uses_ends(server: Server) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(150)
+@pytest.mark.pods
 def test_the_deadline_is_enforced_on_the_open_connection(server: Server) -> None:
     session = server.create_session("minute")
     with session.ssh.terminal() as terminal, session.ssh.master() as master:
@@ -153,6 +159,7 @@ def test_the_deadline_is_enforced_on_the_open_connection(server: Server) -> None
 # --- ends --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pods
 def test_submit_ends_the_session_and_tells_the_terminal(server: Server) -> None:
     session = server.create_session()
     with session.ssh.terminal() as terminal:
@@ -165,6 +172,7 @@ def test_submit_ends_the_session_and_tells_the_terminal(server: Server) -> None:
     assert session.get()["lifecycle_state"] == "terminated" and session.reason() == "submitted"
 
 
+@pytest.mark.pods
 def test_terminate_ends_commands_with_one_line_and_255(server: Server) -> None:
     session = server.create_session()
     command = session.ssh.popen("echo up; cat")
@@ -223,6 +231,7 @@ def test_of_twenty_creations_at_once_exactly_one_succeeds(server: Server) -> Non
 # --- faults ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pods
 def test_a_lost_environment_is_255_with_one_line_and_the_session_fails(server: Server) -> None:
     session = server.create_session()
     with session.ssh.terminal() as terminal:
@@ -244,12 +253,14 @@ def test_a_lost_environment_is_255_with_one_line_and_the_session_fails(server: S
             command.wait(10)
 
 
+@pytest.mark.pods
 def test_a_candidate_cannot_end_the_environment_by_killing_everything(fresh: Session) -> None:
     fresh.ssh.run("kill -9 -1", timeout=20)
     fresh.ssh.run("kill -9 1; kill -TERM 1; kill -HUP 1; kill -STOP 1", timeout=20)
     assert fresh.ssh.out("echo alive") == "alive"
 
 
+@pytest.mark.pods
 def test_a_fork_bomb_and_a_memory_hog_harm_only_themselves(server: Server, fresh: Session, session: Session) -> None:
     hog = fresh.ssh.run("perl -e '$x = \"x\" x (1<<40)' 2>&1; echo after", timeout=60)
     assert b"after" in hog.stdout, told(hog)
@@ -295,6 +306,7 @@ def test_a_server_killed_in_any_state_converges_after_its_restart(new_server: Ca
 
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+@pytest.mark.pods
 def test_a_shell_is_still_there_after_a_restart_of_the_server(new_server: Callable[..., Server], how: str) -> None:
     server = new_server()
     session = server.create_session()
@@ -330,6 +342,7 @@ def test_environments_without_a_row_are_swept(new_server: Callable[..., Server])
 
 
 @pytest.mark.timeout(90)
+@pytest.mark.pods
 def test_a_row_without_its_environment_fails(new_server: Callable[..., Server]) -> None:
     server = new_server()
     session = server.create_session()
@@ -375,6 +388,7 @@ def on_postgres(work: Path, postgres: Postgres, place: Cluster | None) -> Iterat
 
 @pytest.mark.postgres
 @pytest.mark.timeout(120)
+@pytest.mark.pods
 def test_a_session_on_postgresql_lives_and_survives_a_restart(on_postgres: Server) -> None:
     session = on_postgres.create_session()
     assert session.ssh.out("echo in; echo kept > ~/kept") == "in"

@@ -82,6 +82,7 @@ def stop(*processes: subprocess.Popen[bytes]) -> None:
 # --- there and back ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pods
 def test_8_mb_of_random_bytes_come_back_the_same(session: Session) -> None:
     data = os.urandom(8 * MIB)
     done = session.ssh.run("cat", input=data, timeout=60)
@@ -89,6 +90,7 @@ def test_8_mb_of_random_bytes_come_back_the_same(session: Session) -> None:
     assert hashlib.sha256(done.stdout).digest() == hashlib.sha256(data).digest()
 
 
+@pytest.mark.pods
 def test_8_mb_of_random_bytes_pass_a_terminal_in_raw_mode(session: Session) -> None:
     size = 8 * MIB
     script = f"stty raw -echo; head -c {size} /dev/urandom > ~/r; sha256sum < ~/r >&2; cat ~/r; rm ~/r"
@@ -291,6 +293,7 @@ def test_one_stalled_channel_does_not_slow_bulk_on_another(session: Session) -> 
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.pods
 def test_200_commands_killed_at_once_harm_nobody(busy: tuple[Server, Session]) -> None:
     """Each leaves an open channel behind a dead connection: resets in bulk must not end the environment's stream."""
     server, session = busy
@@ -327,6 +330,7 @@ def test_200_commands_killed_at_once_harm_nobody(busy: tuple[Server, Session]) -
     assert latency(ssh) < 3
 
 
+@pytest.mark.pods
 def test_30_connections_at_once(session: Session) -> None:
     def one(number: int) -> tuple[int, bytes]:
         done = session.ssh.run(f"sleep 1; echo {number}; exit {number}", timeout=60, auth="key" if number % 2 else "password")
@@ -337,6 +341,7 @@ def test_30_connections_at_once(session: Session) -> None:
     assert results == [(number, b"%d\n" % number) for number in range(30)]
 
 
+@pytest.mark.pods
 def test_8_channels_on_one_connection_and_the_9th_is_refused(session: Session) -> None:
     with session.ssh.master(auth="key") as master:
         channels = [master.popen(f"echo up{number}; read line; echo $line; exit {number}", bufsize=0) for number in range(8)]
@@ -354,6 +359,7 @@ def test_8_channels_on_one_connection_and_the_9th_is_refused(session: Session) -
             stop(*channels)
 
 
+@pytest.mark.pods
 def test_8_channels_carry_bulk_at_once(session: Session) -> None:
     with session.ssh.master(auth="key") as master, ThreadPoolExecutor(8) as pool:
         data = os.urandom(4 * MIB)

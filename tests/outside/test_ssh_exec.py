@@ -19,6 +19,8 @@ import pytest
 
 from harness import Master, Server, Session, free_port, told, wait_until
 
+pytestmark = pytest.mark.pods
+
 
 @pytest.fixture(scope="module")
 def shared(session: Session) -> Iterator[Master]:
@@ -312,8 +314,9 @@ def test_job_control_works(session: Session) -> None:
 def test_the_escape_tilde_dot_ends_the_client(session: Session) -> None:
     mark = a_mark()
     with session.ssh.master() as master:
-        with session.ssh.terminal(f"echo st''arted; exec sleep 300 {mark} 2>/dev/null || exec perl -e 'sleep 300' {mark}", "-e", "~") as terminal:
+        with session.ssh.terminal(f"echo st''arted; exec perl -e 'sleep 300' {mark}", "-e", "~") as terminal:
             terminal.expect("started")
+            wait_until("the command is seen", lambda: marked_processes(master, mark), within=5)
             terminal.send("\r~.")
             assert terminal.wait() == 255
         wait_until("the command ended with its client", lambda: not marked_processes(master, mark), within=15)

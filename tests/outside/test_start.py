@@ -173,6 +173,7 @@ def test_a_host_key_that_is_no_key_or_open_to_others_is_refused(tmp_path: Path) 
     refused(serve(tmp_path / "data", "--ssh-host-key-file", str(bad)), re.escape(str(bad)), status=1)
 
 
+@pytest.mark.local("pods need no bubblewrap")
 @as_root
 def test_without_bubblewrap_it_refuses_and_says_what_to_install(tmp_path: Path) -> None:
     # In a mount namespace of its own the program is hidden; nobody else sees that.
@@ -182,6 +183,7 @@ def test_without_bubblewrap_it_refuses_and_says_what_to_install(tmp_path: Path) 
     refused(done, "bubblewrap|bwrap", "apt|install", status=1)
 
 
+@pytest.mark.local("pods need no user namespaces of this machine")
 @as_root
 def test_without_user_namespaces_it_refuses_and_says_what_to_do() -> None:
     # As an ordinary user in a user namespace that may have no further ones. Its identities are the machine's own.
@@ -247,6 +249,7 @@ def test_errors_of_the_command_line_are_json(server: Server) -> None:
 # --- ending ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.local("`carrel demo` is about this machine")
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_demo_leaves_nothing_behind(work: Path, sig: int) -> None:
     demo = Demo(work)
@@ -264,6 +267,7 @@ def test_a_demo_leaves_nothing_behind(work: Path, sig: int) -> None:
     assert not left, f"temporary files are left: {left}"
 
 
+@pytest.mark.local("`carrel demo` is about this machine")
 def test_a_demos_line_is_the_contracts(demo: Demo) -> None:
     assert set(demo.data) == {"session_id", "user_id", "exam_id", "environment_id", "data_dir", "ssh", "browser_url", "api"}, set(demo.data)
     assert set(demo.data["ssh"]) == {"host", "port", "username", "password", "command", "host_key_fingerprint", "known_hosts"}
@@ -276,6 +280,7 @@ def test_a_demos_line_is_the_contracts(demo: Demo) -> None:
     assert session.status_code == 200 and session.json()["data"]["environment"]["environment_id"] == demo.data["environment_id"]
 
 
+@pytest.mark.local("`carrel demo` is about this machine")
 def test_a_demo_for_people_says_what_to_paste(work: Path) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CARREL_")}
     process = subprocess.Popen([str(BINARY), "demo"], env=kept, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=work)
@@ -297,6 +302,7 @@ def test_a_demo_for_people_says_what_to_paste(work: Path) -> None:
         process.stdout.close()  # type: ignore[union-attr]
 
 
+@pytest.mark.local("`carrel demo` is about this machine")
 def test_a_demo_interrupted_while_it_starts_leaves_nothing(work: Path) -> None:
     for wait in (0.02, 0.1, 0.3, 0.6):
         tmp = Path(tempfile.mkdtemp(prefix="demo-tmp-", dir=work))
@@ -340,6 +346,7 @@ def as_nobody(*words: str) -> subprocess.CompletedProcess[bytes]:
         shutil.rmtree(copy)
 
 
+@pytest.mark.local("`carrel demo` is about this machine")
 @as_root
 @pytest.mark.timeout(120)
 def test_an_ordinary_user_runs_a_demo(work: Path) -> None:

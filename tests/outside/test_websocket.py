@@ -294,6 +294,7 @@ def test_json_shows_the_state_and_the_time_left(fresh: Session) -> None:
         assert frame["exam_id"] == "plain"
 
 
+@pytest.mark.pods
 def test_json_resizes_the_terminal(fresh: Session) -> None:
     with json_client(fresh) as client:
         client.send(type="resize", cols=101, rows=33)
@@ -336,6 +337,7 @@ def test_a_frame_above_64_kib_is_refused(fresh: Session) -> None:
         assert close_of(client.socket)[0] == 1009
 
 
+@pytest.mark.pods
 def test_the_end_of_the_session_is_told_with_its_reason_and_then_it_is_over(fresh: Session) -> None:
     with json_client(fresh) as client, binary_client(fresh) as binary:
         client.type("echo up\r")
@@ -359,6 +361,7 @@ def test_a_session_that_is_over_says_so(fresh: Session) -> None:
         assert close_of(socket)[0] == 4006
 
 
+@pytest.mark.pods
 def test_a_session_that_starts_shows_its_steps_and_then_its_terminal(server: Server) -> None:
     session = server.create_session("slow-start", ready=False)
     with json_client(session) as client:
@@ -414,6 +417,7 @@ def test_time_running_out_ends_the_terminal_to_the_second(server: Server) -> Non
 # --- carrel.v1 ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pods
 def test_binary_output_keeps_every_byte(fresh: Session) -> None:
     with binary_client(fresh) as client:
         client.type(b"stty raw -echo; printf '<<'; printf '\\377\\376\\200\\303'; printf '>>'; stty sane\r")
@@ -426,6 +430,7 @@ def test_the_size_that_is_said_first_is_the_new_terminals(fresh: Session) -> Non
         client.expect(rb"41 133")
 
 
+@pytest.mark.pods
 def test_a_second_connection_comes_into_the_same_terminal_with_its_screen(fresh: Session) -> None:
     with binary_client(fresh) as first:
         assert first.json[ATTACHED][-1] == {"resumed": False, "watching": False}
@@ -441,6 +446,7 @@ def test_a_second_connection_comes_into_the_same_terminal_with_its_screen(fresh:
         third.expect(rb"remembered-/tmp")
 
 
+@pytest.mark.pods
 def test_a_megabyte_of_input_arrives_whole(fresh: Session) -> None:
     lines = "".join(f"{index:07d} {os.urandom(40).hex()}\n" for index in range(11_500))
     data = lines.encode()
@@ -454,6 +460,7 @@ def test_a_megabyte_of_input_arrives_whole(fresh: Session) -> None:
         assert client.expect(rb"([0-9a-f]{64})  -", within=30)[1].decode() == hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.pods
 def test_output_that_nobody_acknowledges_stops_and_goes_on(fresh: Session) -> None:
     with binary_client(fresh) as client:
         client.expect(rb"[$#] ")

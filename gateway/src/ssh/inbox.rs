@@ -16,8 +16,9 @@ use tokio::sync::Notify;
 pub const FULL_WINDOW: u32 = 4 << 20;
 /// From here on a connection's channels are granted [`TRICKLE_WINDOW`].
 const HIGH_MARK: usize = 1 << 20;
-/// Keeps russh asking: data still arrives, 2 KiB a round trip.
-const TRICKLE_WINDOW: u32 = 2 << 10;
+/// Keeps russh asking: data still arrives, two packets a round trip. Less would cut the packets of every transfer that the process takes
+/// more slowly than the client sends.
+const TRICKLE_WINDOW: u32 = 64 << 10;
 /// From here on, a full window later, reads of the socket are paced and the window is [`DRIP_WINDOW`].
 const STALL_MARK: usize = HIGH_MARK + FULL_WINDOW as usize;
 /// With paced reads at most 400 bytes a second still arrive for a process that reads nothing.

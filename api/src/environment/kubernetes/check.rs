@@ -11,7 +11,7 @@ use crate::environment::EnvironmentError;
 
 /// Group, resource, subresource and verbs: exactly the Role in `charts/rbac.yaml`.
 pub(super) const RIGHTS: [(&str, &str, &str, &[&str]); 4] = [
-    ("", "pods", "", &["create", "get", "list", "watch", "delete"]),
+    ("", "pods", "", &["create", "get", "list", "watch", "patch", "delete"]),
     ("", "pods", "exec", &["get", "create"]),
     ("networking.k8s.io", "networkpolicies", "", &["create", "get", "list", "delete"]),
     ("", "events", "", &["list"]),

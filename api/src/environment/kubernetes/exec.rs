@@ -36,7 +36,7 @@ const ERROR: u8 = 3;
 const CLOSE: u8 = 255;
 
 /// Bytes of stdin in one frame, at most.
-const FRAME: usize = 64 * 1024;
+const FRAME: usize = 128 * 1024;
 /// Frames on their way out.
 const OUTGOING: usize = 4;
 /// Frames that wait to be read. kubelet's have 32 KiB at most.
