@@ -1,13 +1,10 @@
 //! One client at a terminal: its bounded output queue, and the two tasks that pass bytes.
 //!
 //! This module does not know what a terminal is.
-use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, Ordering},
-};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
-use carrel_agent::flow::{Blocks, Inbound, Outbound};
+use carrel_agent::flow::{Blocks, Closed, Inbound, Outbound};
 use http::HeaderMap;
 use tokio::{
     sync::{Notify, mpsc},
@@ -28,11 +25,23 @@ pub enum Input {
     End,
 }
 
+/// How a client has gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gone {
+    /// It has ended its stream.
+    Left,
+    /// The connection was lost; it may come back.
+    Lost,
+}
+
 /// The terminal's side of a client.
 #[derive(Debug)]
 pub struct Attachment {
     shared: Arc<Shared>,
     reading: AbortHandle,
+    sending: AbortHandle,
+    /// The client's name, if it has one: see [`carrel_agent::wire::ProcessSpec::attachment`].
+    pub name: Option<String>,
     /// Looks only: it does not keep the terminal, and what it sends is dropped.
     pub watches: bool,
 }
@@ -42,7 +51,7 @@ struct Shared {
     queue: Mutex<Queue>,
     changed: Notify,
     /// The client has gone.
-    lost: AtomicBool,
+    gone: OnceLock<Gone>,
     /// Wakes the terminal.
     progress: Arc<Notify>,
 }
@@ -65,6 +74,7 @@ impl Attachment {
     /// notified when there is room again or the client has gone; `seat` is dropped at once when it has.
     pub fn new(
         (input, output): (Inbound, Outbound),
+        name: Option<String>,
         keys: mpsc::Sender<Input>,
         progress: Arc<Notify>,
         watches: bool,
@@ -73,21 +83,27 @@ impl Attachment {
         let shared = Arc::new(Shared {
             queue: Mutex::default(),
             changed: Notify::new(),
-            lost: AtomicBool::new(false),
+            gone: OnceLock::new(),
             progress,
         });
-        let sending = Arc::clone(&shared);
-        tokio::spawn(async move {
-            send(output, sending).await;
+        let queue = Arc::clone(&shared);
+        let sending = tokio::spawn(async move {
+            send(output, queue).await;
             drop(seat);
-        });
+        })
+        .abort_handle();
         let reading = tokio::spawn(receive(input, keys, watches)).abort_handle();
-        Self { shared, reading, watches }
+        Self { shared, reading, sending, name, watches }
     }
 
-    /// Has the client gone?
-    pub fn is_lost(&self) -> bool {
-        self.shared.lost.load(Ordering::Relaxed)
+    /// Lets go of the client at once, with what waits for it: its stream is reset and its seat is free.
+    pub fn abandon(self) {
+        self.sending.abort();
+    }
+
+    /// Has the client gone, and how?
+    pub fn gone(&self) -> Option<Gone> {
+        self.shared.gone.get().copied()
     }
 
     /// Should the process wait for this client, if it is the only one?
@@ -177,7 +193,7 @@ async fn send(mut output: Outbound, shared: Arc<Shared>) {
                 if waited_for {
                     shared.progress.notify_one();
                 }
-                sent.is_err()
+                sent.err()
             }
             Next::End(trailers) => return output.finish_with(trailers),
             Next::Wait => {
@@ -186,13 +202,14 @@ async fn send(mut output: Outbound, shared: Arc<Shared>) {
                     shared.progress.notify_one();
                 }
                 tokio::select! {
-                    () = shared.changed.notified() => false,
-                    _ = output.closed() => true,
+                    () = shared.changed.notified() => None,
+                    closed = output.closed() => Some(closed),
                 }
             }
         };
-        if closed {
-            shared.lost.store(true, Ordering::Relaxed);
+        if let Some(Closed { reason }) = closed {
+            // Set once: this is the only place.
+            let _ = shared.gone.set(if reason.is_some() { Gone::Left } else { Gone::Lost });
             return shared.progress.notify_one();
         }
     }

@@ -4,6 +4,7 @@
 mod account;
 mod attachment;
 mod handoff;
+mod join;
 mod memory;
 mod options;
 mod process;

@@ -8,9 +8,10 @@ use std::{
 
 /// What `--help` prints.
 const HELP: &str = "\
-carrel-agent serve [--listen-fd N] [--socket PATH] [--shell PATH] [--home DIR] [--env NAME=VALUE]...
+carrel-agent serve [--listen-fd N] [--socket PATH] [--shell PATH] [--home DIR]
                    [--limit-processes N] [--limit-file-size BYTES] [--limit-memory BYTES]
     Serves HTTP/2 on an inherited listening socket, and on what `connect` hands over at PATH.
+    Its own variables CARREL_ENV_NAME are given to every process as NAME.
 carrel-agent connect --socket PATH
     Hands its stdin and stdout to the agent at PATH and waits until they are done with.
 carrel-agent install DESTINATION
@@ -52,8 +53,6 @@ pub struct Serve {
     pub shell: Option<String>,
     /// Instead of the home in `/etc/passwd`.
     pub home: Option<String>,
-    /// Variables that every process gets; they win over those of a request.
-    pub env: Vec<(String, String)>,
     /// RLIMIT_NPROC.
     pub limit_processes: Option<u64>,
     /// RLIMIT_FSIZE, bytes.
@@ -105,7 +104,6 @@ fn serve(mut arguments: impl Iterator<Item = OsString>) -> Result<Serve, BadUsag
             "--socket" => options.socket = Some(value.into()),
             "--shell" => options.shell = Some(text(&value)?),
             "--home" => options.home = Some(text(&value)?),
-            "--env" => options.env.push(variable(&text(&value)?)?),
             "--limit-processes" => options.limit_processes = Some(number(&flag, &value)?),
             "--limit-file-size" => options.limit_file_size = Some(number(&flag, &value)?),
             "--limit-memory" => options.limit_memory = Some(number(&flag, &value)?),
@@ -124,14 +122,6 @@ fn text(value: &OsStr) -> Result<String, BadUsage> {
 
 fn number<N: std::str::FromStr>(flag: &str, value: &OsStr) -> Result<N, BadUsage> {
     text(value)?.parse().map_err(|_| BadUsage(format!("{flag} takes a number")))
-}
-
-fn variable(value: &str) -> Result<(String, String), BadUsage> {
-    match value.split_once('=') {
-        Some((name, value)) if !name.is_empty() => Ok((name.into(), value.into())),
-        // Its value may be a secret: it is not repeated.
-        _ => Err(BadUsage("--env takes NAME=VALUE".into())),
-    }
 }
 
 /// Copies this program to `destination` (mode 0555), making its directory if need be. A running copy there is replaced, not written into.
@@ -160,13 +150,12 @@ mod tests {
 
     #[test]
     fn serve_takes_its_options() {
-        let Ok(Command::Serve(serve)) = parsed(
-            "serve --listen-fd 0 --socket /run/a --env A=b=c --env D= --shell /bin/sh --home /h --limit-processes 5",
-        ) else {
+        let Ok(Command::Serve(serve)) =
+            parsed("serve --listen-fd 0 --socket /run/a --shell /bin/sh --home /h --limit-processes 5")
+        else {
             panic!("not understood")
         };
         assert_eq!(serve.listen_fd, Some(0));
-        assert_eq!(serve.env, [("A".into(), "b=c".into()), ("D".into(), String::new())]);
         assert_eq!(serve.limit_processes, Some(5));
     }
 
@@ -177,17 +166,12 @@ mod tests {
             "serve",
             "serve --listen-fd",
             "serve --listen-fd x",
-            "serve --env =x",
+            "serve --listen-fd 0 --env A=b",
             "connect",
             "fly",
             "install",
         ] {
             assert!(parsed(line).unwrap_err().to_string().contains("--help"), "{line}");
         }
-    }
-
-    #[test]
-    fn the_value_of_a_bad_variable_is_not_repeated() {
-        assert!(!parsed("serve --env =hunter2").unwrap_err().to_string().contains("hunter2"));
     }
 }

@@ -22,11 +22,12 @@ use rustix::{io::Errno, process::Pid};
 use tokio::{io::AsyncWriteExt as _, net::unix::pipe, sync::oneshot};
 
 use crate::{
+    join,
     reap::{Ending, Exit},
     registry::{Handle, Stderr},
     request::{Exchange, Refusal, Start},
     serve::Agent,
-    session, terminal,
+    session,
 };
 
 /// Most that is read from a process at once, bytes.
@@ -57,8 +58,8 @@ pub async fn run(agent: Arc<Agent>, start: Start, exchange: Exchange) {
     if let Err(refusal) = agent.registry.admit(&start.id) {
         return exchange.refuse(&refusal);
     }
-    if start.spec.pty.is_some() {
-        return terminal::run(agent, start, exchange).await;
+    if let Some(pty) = start.spec.pty.clone() {
+        return join::run(agent, start, pty, exchange).await;
     }
     match Pipes::start(&agent, &start) {
         Ok(pipes) => pipes.serve(agent, start.id, exchange).await,

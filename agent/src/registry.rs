@@ -5,6 +5,7 @@ use std::{
 };
 
 use carrel_agent::wire::limits;
+use http::HeaderMap;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::{net::unix::pipe, sync::oneshot};
 
@@ -23,6 +24,8 @@ pub struct Registry {
 struct Inner {
     running: HashMap<String, Handle>,
     ended: VecDeque<String>,
+    /// How kept terminals have ended, as trailers.
+    ends: VecDeque<(String, HeaderMap)>,
     stderr: HashMap<String, Slot>,
 }
 
@@ -92,6 +95,20 @@ impl Registry {
         if inner.ended.len() > REMEMBERED {
             inner.ended.pop_front();
         }
+    }
+
+    /// Remembers how a kept terminal has ended, for clients that were not connected at that moment.
+    pub fn remember_end(&self, id: &str, trailers: HeaderMap) {
+        let mut inner = self.lock();
+        inner.ends.push_back((id.into(), trailers));
+        if inner.ends.len() > limits::ENDS {
+            inner.ends.pop_front();
+        }
+    }
+
+    /// How a kept terminal has ended, if it has and is remembered.
+    pub fn end_of(&self, id: &str) -> Option<HeaderMap> {
+        self.lock().ends.iter().find(|(ended, _)| ended == id).map(|(_, trailers)| trailers.clone())
     }
 
     /// A running process.

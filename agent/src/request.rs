@@ -161,7 +161,7 @@ fn finish(exchange: Exchange, result: Result<(), Refusal>) {
 fn valid_id(id: &str) -> Result<(), Refusal> {
     let valid =
         (1..=64).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-    if valid { Ok(()) } else { Err(bad("a process id is 1 to 64 of the characters A-Z a-z 0-9 -")) }
+    if valid { Ok(()) } else { Err(bad("an id is 1 to 64 of the characters A-Z a-z 0-9 -")) }
 }
 
 fn resize(agent: &Agent, id: &str, headers: &HeaderMap) -> Result<(), Refusal> {
@@ -203,6 +203,11 @@ pub struct Start {
 }
 
 impl Start {
+    /// A login shell?
+    pub const fn is_shell(&self) -> bool {
+        self.command.is_none() && !self.spec.sftp
+    }
+
     fn read(id: &str, headers: &HeaderMap) -> Result<Self, Refusal> {
         valid_id(id)?;
         let spec = match headers.get(wire::SPEC) {
@@ -212,6 +217,9 @@ impl Start {
                 .ok_or_else(|| bad("carrel-spec is not the base64url of a process's JSON"))?,
         };
         check(&spec)?;
+        for id in spec.attachment.iter().chain(&spec.terminal) {
+            valid_id(id)?;
+        }
         let command = headers
             .get(wire::COMMAND)
             .map(|value| decode(value).ok_or_else(|| bad("carrel-command is not base64url")))

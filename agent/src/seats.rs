@@ -5,9 +5,6 @@ use std::sync::{
 };
 
 use carrel_agent::wire::Join;
-use tokio::sync::mpsc;
-
-use crate::terminal::Order;
 
 /// Terminals that can be joined, oldest first.
 #[derive(Debug, Default)]
@@ -15,13 +12,10 @@ pub struct Terminals {
     known: Mutex<Vec<Known>>,
 }
 
-/// One of them.
-#[derive(Debug, Clone)]
-pub struct Known {
-    /// Its process's id.
-    pub id: String,
-    /// How to reach it.
-    pub orders: mpsc::Sender<Order>,
+/// One of them, by its process's id.
+#[derive(Debug)]
+struct Known {
+    id: String,
     counts: Arc<Counts>,
 }
 
@@ -73,7 +67,7 @@ impl Terminals {
     }
 
     /// A place at an existing terminal; `None`: a new one is to be started (or, to watch, there is none).
-    pub fn join(&self, join: Join) -> Option<(Known, Seat)> {
+    pub fn join(&self, join: Join) -> Option<(String, Seat)> {
         let known = self.lock();
         let seats: Vec<_> = known
             .iter()
@@ -82,14 +76,19 @@ impl Terminals {
             })
             .collect();
         let known = known.get(choose(join, &seats)?)?;
-        Some((known.clone(), Seat::take(&known.counts, join)))
+        Some((known.id.clone(), Seat::take(&known.counts, join)))
+    }
+
+    /// A place at this very terminal, whoever is there; `None` when it can be joined no more.
+    pub fn seat_at(&self, id: &str, join: Join) -> Option<Seat> {
+        self.lock().iter().find(|known| known.id == id).map(|known| Seat::take(&known.counts, join))
     }
 
     /// Adds a new terminal and takes the first place at it.
-    pub fn add(&self, id: &str, orders: mpsc::Sender<Order>, join: Join) -> Seat {
+    pub fn add(&self, id: &str, join: Join) -> Seat {
         let counts = Arc::default();
         let seat = Seat::take(&counts, join);
-        self.lock().push(Known { id: id.into(), orders, counts });
+        self.lock().push(Known { id: id.into(), counts });
         seat
     }
 
@@ -129,13 +128,18 @@ mod tests {
     #[test]
     fn a_seat_is_free_again_when_it_is_given_back() {
         let terminals = Terminals::default();
-        let (orders, _receiver) = mpsc::channel(1);
-        let first = terminals.add("a", orders, Join::Ssh);
+        let first = terminals.add("a", Join::Ssh);
         assert!(terminals.join(Join::Ssh).is_none());
         let (_, watcher) = terminals.join(Join::Watch).unwrap();
         drop(first);
-        let (known, _seat) = terminals.join(Join::Ssh).unwrap();
-        assert_eq!(known.id, "a");
+        let (id, seat) = terminals.join(Join::Ssh).unwrap();
+        assert_eq!(id, "a");
+        // Whoever names it gets a place beside.
+        let again = terminals.seat_at("a", Join::Ssh).unwrap();
+        drop(seat);
+        assert!(terminals.join(Join::Ssh).is_none());
+        drop(again);
+        let (_, _seat) = terminals.join(Join::Ssh).unwrap();
         drop(watcher);
         assert!(terminals.join(Join::Ssh).is_none());
         terminals.remove("a");

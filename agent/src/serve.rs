@@ -1,5 +1,6 @@
 //! Being an environment's agent: limits, listeners, connections, and the orderly end.
 use std::{
+    ffi::OsString,
     io,
     os::unix::net::UnixListener as StdListener,
     path::Path,
@@ -8,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use carrel_agent::flow;
+use carrel_agent::{flow, wire::ENV_PREFIX};
 use h2::{Ping, PingPong};
 use rustix::process::{DumpableBehavior, Pid, Resource, Rlimit};
 use tokio::{
@@ -36,9 +37,9 @@ const CONNECTIONS: usize = 64;
 /// A peer that has not said that it speaks HTTP/2 after this long is let go.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// A peer is asked this often whether it is there.
-const PING_EVERY: Duration = Duration::from_secs(20);
+const PING_EVERY: Duration = Duration::from_secs(15);
 /// A peer that has not answered after this long is gone.
-const PING_TIMEOUT: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(15);
 /// What runs is given this long to end when the agent has to.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -101,7 +102,7 @@ pub fn run(options: Serve) -> io::Result<()> {
             reaper: Reaper::start()?,
             memory: Memory::new(),
             setup: Mutex::default(),
-            env: options.env,
+            env: variables(std::env::vars_os()),
             files,
         });
         let slots = Arc::new(Semaphore::new(CONNECTIONS));
@@ -122,6 +123,15 @@ pub fn run(options: Serve) -> io::Result<()> {
         farewell(&agent).await;
         Ok(())
     })
+}
+
+/// What every process gets, of the agent's own variables.
+fn variables(own: impl Iterator<Item = (OsString, OsString)>) -> Vec<(String, String)> {
+    own.filter_map(|(name, value)| {
+        let name = name.to_str()?.strip_prefix(ENV_PREFIX).filter(|name| !name.is_empty())?;
+        Some((name.to_owned(), value.into_string().ok()?))
+    })
+    .collect()
 }
 
 /// SIGTERM or SIGINT. Process 1 of an environment takes neither, as the kernel has it for a process 1 without handlers: a candidate's

@@ -7,7 +7,7 @@ use std::{io, os::fd::OwnedFd, process::Stdio, sync::Arc, time::Duration};
 use bytes::{Buf as _, Bytes};
 use carrel_agent::{
     flow::Blocks,
-    wire::{self, Join},
+    wire::{self, Join, ProcessSpec},
 };
 use rustix::process::Pid;
 use tokio::{
@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use crate::{
-    attachment::{Attachment, Input},
+    attachment::{Attachment, Gone, Input},
     process::{self, answer, spawn_failure, trailers},
     pty::{self, Master},
     reap::{Ending, Exit},
@@ -34,6 +34,9 @@ const PENDING: usize = 64 * 1024;
 /// Orders and pieces of input that wait for the terminal's task: beyond it, whoever sends waits.
 const QUEUE: usize = 16;
 
+/// What a terminal stays at least when its last client's connection was lost.
+const LOST: Duration = Duration::from_secs(wire::limits::LOST_SECONDS);
+
 /// What is still read after the process's end, bytes: more than the kernel holds for a terminal. Who writes on and on in the
 /// background is not waited for.
 const LAST: usize = 1 << 20;
@@ -48,11 +51,20 @@ pub enum Order {
 
 /// A client that wants to be attached.
 pub struct Attach {
-    exchange: Exchange,
-    seat: Seat,
-    join: Join,
-    window: (u16, u16),
-    keep: Option<Duration>,
+    /// Its request.
+    pub exchange: Exchange,
+    /// Its place; `None` at a terminal that nobody else can join any more.
+    pub seat: Option<Seat>,
+    /// As whom.
+    pub join: Join,
+    /// Its name.
+    pub name: Option<String>,
+    /// It was here before: if the process has been told to end, it waits for the end.
+    pub again: bool,
+    /// Its size.
+    pub window: (u16, u16),
+    /// How long the terminal is kept after it.
+    pub keep: Option<Duration>,
 }
 
 /// What others may do with a terminal.
@@ -78,35 +90,27 @@ impl Control {
             mpsc::error::TrySendError::Closed(_) => Refusal::NotFound("this terminal has ended"),
         })
     }
+
+    /// Brings a client.
+    ///
+    /// # Errors
+    /// The client, when the terminal has ended.
+    pub async fn attach(&self, attach: Attach) -> Result<(), Box<Attach>> {
+        match self.orders.send(Order::Attach(Box::new(attach))).await {
+            Err(mpsc::error::SendError(Order::Attach(attach))) => Err(attach),
+            _ => Ok(()),
+        }
+    }
 }
 
-/// Attaches to the terminal that the request may join, or starts one.
-pub async fn run(agent: Arc<Agent>, start: Start, exchange: Exchange) {
-    let Some(wanted) = start.spec.pty.clone() else { return };
-    let is_shell = start.command.is_none() && !start.spec.sftp;
-    let join = if is_shell { start.spec.join } else { Join::Never };
-    let keep = start.spec.keep_seconds.filter(|_| is_shell).map(Duration::from_secs);
-    let window = (wanted.cols, wanted.rows);
-    let mut exchange = exchange;
-    while let Some((known, seat)) = agent.terminals.join(join) {
-        let order = Order::Attach(Box::new(Attach { exchange, seat, join, window, keep }));
-        match known.orders.send(order).await {
-            Ok(()) => return,
-            // It has just ended: the next, if there is one.
-            Err(mpsc::error::SendError(Order::Attach(attach))) => exchange = attach.exchange,
-            Err(_) => return,
-        }
-        agent.terminals.remove(&known.id);
-    }
-    if join == Join::Watch {
-        return exchange.refuse(&Refusal::NotFound("there is no terminal to look at"));
-    }
+/// Starts a shell or command at a new terminal, and stays with it until it has ended.
+pub async fn run(agent: Arc<Agent>, start: Start, pty: wire::Pty, exchange: Exchange) {
     let (orders, received) = mpsc::channel(QUEUE);
-    match Terminal::start(&agent, &start, &wanted, received) {
+    match Terminal::start(&agent, &start, &pty, received) {
         Ok(mut terminal) => {
-            let control = Control { orders: orders.clone(), master: Arc::clone(&terminal.master) };
+            let control = Control { orders, master: Arc::clone(&terminal.master) };
             agent.registry.insert(&start.id, Handle { leader: terminal.leader, terminal: Some(control) });
-            terminal.seat_first(exchange, orders, join, keep);
+            terminal.seat_first(exchange, &start.spec);
             terminal.serve().await;
         }
         Err(refusal) => exchange.refuse(&refusal),
@@ -152,39 +156,40 @@ impl Terminal {
         let copy = |descriptor: &OwnedFd| descriptor.try_clone().map(Stdio::from).map_err(failed);
         command.stdin(copy(&slave.descriptor)?).stdout(copy(&slave.descriptor)?).stderr(slave.descriptor);
         let (child, ending) = agent.spawn(&mut command, true).map_err(failed)?;
-        let can_be_joined = start.command.is_none() && !start.spec.sftp && start.spec.keep_seconds.is_some();
+        let keep = start.spec.keep_seconds.filter(|_| start.is_shell()).map(Duration::from_secs);
         Ok(Self {
             agent: Arc::clone(agent),
             id: start.id.clone(),
             leader: Pid::from_child(&child),
             ending,
             master: Arc::new(master),
-            screen: can_be_joined.then(|| Screen::new(wanted.cols, wanted.rows)),
+            screen: keep.map(|_| Screen::new(wanted.cols, wanted.rows)),
             attached: Vec::new(),
             orders,
             keys: mpsc::channel(QUEUE),
             progress: Arc::new(Notify::new()),
             pending: Blocks::default(),
             writing: Bytes::new(),
-            keep: None,
+            keep,
             deadline: None,
             ended: false,
             hung_up: false,
         })
     }
 
-    fn seat_first(
-        &mut self,
-        exchange: Exchange,
-        orders: mpsc::Sender<Order>,
-        join: Join,
-        keep: Option<Duration>,
-    ) {
-        self.keep = keep;
-        let seat = self.screen.as_ref().map(|_| self.agent.terminals.add(&self.id, orders, join));
+    fn seat_first(&mut self, exchange: Exchange, spec: &ProcessSpec) {
+        let seat = self.screen.as_ref().map(|_| self.agent.terminals.add(&self.id, spec.join));
         if let Some(streams) = exchange.open(answer(&self.id, false)) {
             let keys = self.keys.0.clone();
-            self.attached.push(Attachment::new(streams, keys, Arc::clone(&self.progress), false, seat));
+            let progress = Arc::clone(&self.progress);
+            self.attached.push(Attachment::new(
+                streams,
+                spec.attachment.clone(),
+                keys,
+                progress,
+                false,
+                seat,
+            ));
         }
         self.settle();
     }
@@ -194,11 +199,18 @@ impl Terminal {
         self.agent.terminals.remove(&self.id);
         self.orders.close();
         while let Ok(order) = self.orders.try_recv() {
-            if let Order::Attach(attach) = order {
-                attach.exchange.refuse(&Refusal::Busy("this terminal has just ended".into()));
+            match order {
+                Order::Attach(attach) if attach.again => self.attach(*attach),
+                Order::Attach(attach) => {
+                    attach.exchange.refuse(&Refusal::Busy("this terminal has just ended".into()));
+                }
+                Order::Resize(..) => {}
             }
         }
         let trailers = trailers(&self.agent, exit);
+        if self.screen.is_some() {
+            self.agent.registry.remember_end(&self.id, trailers.clone());
+        }
         for attachment in &self.attached {
             if attachment.is_stale()
                 && let Some(screen) = &mut self.screen
@@ -312,22 +324,33 @@ impl Terminal {
 
     /// A redraw and everything after it: nothing is read in between.
     fn attach(&mut self, attach: Attach) {
-        let Attach { exchange, seat, join, window: (cols, rows), keep } = attach;
+        let Attach { exchange, seat, join, name, again, window: (cols, rows), keep } = attach;
         let watches = join == Join::Watch;
-        if self.ended {
+        if self.ended && !again {
             return exchange.refuse(&Refusal::Busy("this terminal is ending".into()));
         }
-        let Some(streams) = exchange.open(answer(&self.id, true)) else { return };
-        let keys = self.keys.0.clone();
-        let attachment = Attachment::new(streams, keys, Arc::clone(&self.progress), watches, seat);
+        let Some(screen) = &mut self.screen else {
+            return exchange.refuse(&Refusal::NotFound("this terminal is for one client only"));
+        };
         if !watches {
-            self.resize(cols, rows);
+            // A terminal that has hung up has no size.
+            let _ = self.master.resize(cols, rows);
+            screen.resize(cols, rows);
+        }
+        let redraw = screen.redraw(true);
+        if name.is_some() {
+            for left in self.attached.extract_if(.., |attachment| attachment.name == name) {
+                left.abandon();
+            }
+        }
+        let Some(streams) = exchange.open(answer(&self.id, true)) else { return self.settle() };
+        let keys = self.keys.0.clone();
+        let attachment = Attachment::new(streams, name, keys, Arc::clone(&self.progress), watches, seat);
+        if !watches {
             self.keep = keep.or(self.keep);
             self.deadline = None;
         }
-        if let Some(screen) = &mut self.screen {
-            attachment.redraw(&screen.redraw(true));
-        }
+        attachment.redraw(&redraw);
         self.attached.push(attachment);
     }
 
@@ -341,7 +364,11 @@ impl Terminal {
 
     /// Lets go of those who have gone, and brings stale ones up to date.
     fn settle(&mut self) {
-        self.attached.retain(|attachment| !attachment.is_lost());
+        let mut lost = false;
+        self.attached.retain(|attachment| {
+            lost |= attachment.gone() == Some(Gone::Lost) && !attachment.watches;
+            attachment.gone().is_none()
+        });
         for attachment in &self.attached {
             if attachment.wants_redraw()
                 && let Some(screen) = &mut self.screen
@@ -351,7 +378,10 @@ impl Terminal {
         }
         if self.people() == 0 && !self.ended && self.deadline.is_none() {
             match self.keep {
-                Some(keep) => self.deadline = Instant::now().checked_add(keep),
+                Some(keep) => {
+                    let least = if lost { LOST } else { Duration::ZERO };
+                    self.deadline = Instant::now().checked_add(keep.max(least));
+                }
                 None => self.end(),
             }
         }

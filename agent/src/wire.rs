@@ -11,12 +11,17 @@
 //! | `GET /v1/health` | – | – | 200 [`Health`] |
 //!
 //! `{id}` is chosen by the client: 1 to 64 characters of `[A-Za-z0-9-]`, never used before on this agent. A stream that is reset
-//! by the client means that the client is gone: its process group gets HUP, after 5 s KILL; a kept terminal is detached instead.
+//! by the client, or lost with its connection, means that the client is gone: its process group gets HUP, after 5 s KILL; a kept
+//! terminal is detached instead. A client whose connection was lost asks for the very same terminal with [`ProcessSpec::terminal`].
 //! The answer to a process on pipes ends when nobody holds its stdout or stderr any more, as with sshd; that to a terminal as soon as
 //! its process has ended and everything written was passed on. A stderr that nobody asks for is not read: the process waits once it
 //! has written what a pipe holds (64 KiB). END_STREAM at a terminal types its end-of-file character, unless others are attached.
 //! Errors are a 4xx or 5xx status with [`ERROR`], a sentence.
 use serde::{Deserialize, Serialize};
+
+/// A variable of the agent's own environment that begins so is given to every process, without this. Secrets may be among them: in
+/// arguments every user of the machine could read them.
+pub const ENV_PREFIX: &str = "CARREL_ENV_";
 
 /// Header: base64url (no padding) of the JSON of a [`ProcessSpec`].
 pub const SPEC: &str = "carrel-spec";
@@ -61,6 +66,11 @@ pub mod limits {
     pub const RESETS: usize = 4096;
     /// Processes and terminals alive or kept at once.
     pub const PROCESSES: usize = 512;
+    /// A kept terminal stays this long at least when its last client's connection was lost, seconds: that client may still be there,
+    /// and come back with [`ProcessSpec::terminal`](super::ProcessSpec::terminal).
+    pub const LOST_SECONDS: u64 = 90;
+    /// Kept terminals that have ended and whose end is remembered; of more, the oldest are forgotten.
+    pub const ENDS: usize = 64;
 }
 
 /// How to run one process.
@@ -71,10 +81,17 @@ pub struct ProcessSpec {
     pub env: Vec<(String, String)>,
     /// A terminal instead of three pipes.
     pub pty: Option<Pty>,
-    /// For an interactive shell on a pty: how long it is kept without anybody attached. `None`: it ends with its client.
+    /// For an interactive shell on a pty: how long it is kept without anybody attached (see also [`limits::LOST_SECONDS`]).
+    /// `None`: it ends with its client.
     pub keep_seconds: Option<u64>,
     /// May this request join a kept terminal instead of starting a shell?
     pub join: Join,
+    /// The client's name at a terminal that is kept, the same over all its connections: whoever has it there already is let go, for
+    /// that is what a lost connection has left behind.
+    pub attachment: Option<String>,
+    /// The terminal that answered with this [`PROCESS`] and no other; `join` says as whom. One that has ended answers as if it ended
+    /// now, for as long as its end is remembered ([`limits::ENDS`]); then 404.
+    pub terminal: Option<String>,
     /// Run the file transfer server (`sftp-server` of the environment, else the agent's own) instead of a command.
     pub sftp: bool,
 }

@@ -290,6 +290,26 @@ async fn what_this_machine_cannot_give_is_refused() {
 }
 
 #[tokio::test]
+async fn an_exams_variables_are_given_to_all_that_runs_in_it_and_stand_in_no_process_list() {
+    let local = Local::open().await.unwrap();
+    let secret = format!("secret-{}", EnvironmentId::new());
+    let spec = EnvironmentSpec {
+        env: [("EXAM_SECRET".into(), secret.clone())].into(),
+        ..EnvironmentSpec::default()
+    };
+    let room = Room::open(&local, spec).await;
+    assert_eq!(room.text("echo \"$EXAM_SECRET\"").await, secret);
+    let link = room.links.get(room.id).await.unwrap();
+    assert_eq!(link.setup("echo \"$EXAM_SECRET\"").await.unwrap().tail.trim(), secret);
+    for entry in fs::read_dir("/proc").unwrap() {
+        // Of one that has ended meanwhile nothing can be read.
+        let line = fs::read(entry.unwrap().path().join("cmdline")).unwrap_or_default();
+        assert!(!String::from_utf8_lossy(&line).contains(&secret), "{}", String::from_utf8_lossy(&line));
+    }
+    local.close().await;
+}
+
+#[tokio::test]
 async fn an_exam_may_name_the_user() {
     let backend = Local::open().await.unwrap();
     for user in ["student", "root"] {

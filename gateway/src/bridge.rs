@@ -3,8 +3,13 @@
 //! A [`Visit`] is one connection of somebody with access. It waits until the environment is ready, opens processes
 //! and terminals in it, and knows by itself when the session is over: from the session's feed and, independently,
 //! from the exam's deadline. This module knows neither SSH nor WebSockets.
+pub mod terminal;
+
+mod retry;
+
 use std::{
     collections::HashMap,
+    convert::Infallible,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -17,13 +22,19 @@ use carrel_api::{
     access::Access,
     environment::link::{Link, LinkError, Links, Process},
     exam::Exam,
-    identity::SessionId,
+    identity::{EnvironmentId, SessionId},
     lifecycle::Lifecycle,
     reason::ReasonCode,
     session::{STEPS, Session, State},
     store::{Store, StoreError},
 };
 use tokio::{sync::watch, time::timeout};
+use uuid::Uuid;
+
+use self::{
+    retry::Retry,
+    terminal::{Place, Sizes, Terminal},
+};
 
 /// Connections of one session at once, SSH and browsers together.
 pub const CONNECTIONS_PER_SESSION: usize = 32;
@@ -33,6 +44,9 @@ const READY_WITHIN: Duration = Duration::from_secs(75);
 const REASON_WITHIN: Duration = Duration::from_secs(4);
 /// The connection to the environment, or an answer from its agent.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+/// So long somebody who asks for something waits for an environment that cannot be reached: an API server that starts again
+/// is away for some 20 s.
+const REACH_WITHIN: Duration = Duration::from_secs(60);
 /// While somebody is connected the session's activity is recorded this often.
 const TOUCH_EVERY: Duration = Duration::from_secs(60);
 
@@ -237,15 +251,27 @@ impl Visit {
         Over::of(&session).map_or(Ok(()), |over| Err(Refusal::Over(over)))
     }
 
-    /// Starts a process, or joins a terminal. The exam's variables are added here.
-    pub async fn start(&self, command: Option<&[u8]>, mut spec: ProcessSpec) -> Result<Process, Refusal> {
-        let exam = self.exam.environment.env.iter().map(|(name, value)| (name.clone(), value.clone()));
-        spec.env = exam.chain(spec.env).collect();
-        if spec.keep_seconds.is_some() {
-            spec.keep_seconds = Some(u64::from(self.exam.reconnect_window_seconds));
+    /// Starts a process. Its environment adds the exam's variables.
+    pub async fn start(&self, command: Option<&[u8]>, spec: ProcessSpec) -> Result<Process, Refusal> {
+        self.ask(|link| {
+            let spec = &spec;
+            async move { link.start(command, spec).await }
+        })
+        .await
+    }
+
+    /// Joins or starts a terminal that outlives its link.
+    pub async fn terminal(&self, mut spec: ProcessSpec, sizes: Sizes) -> Result<Terminal, Refusal> {
+        spec.keep_seconds = Some(u64::from(self.exam.reconnect_window_seconds));
+        spec.attachment = Some(Uuid::new_v4().simple().to_string());
+        let process = self.start(None, spec.clone()).await?;
+        match self.environment() {
+            Ok(environment) => {
+                let place = Place { links: Arc::clone(&self.links), environment, spec, sizes };
+                Ok(Terminal::new(place, process))
+            }
+            Err(_) => Err(self.lost().await),
         }
-        let answer = async { self.link().await?.start(command, &spec).await };
-        self.answer(answer).await
     }
 
     /// TCP to a port of the environment's own loopback, if the exam allows it.
@@ -253,27 +279,47 @@ impl Visit {
         if !self.exam.environment.allow_port_forward {
             return Err(Refusal::Forbidden("this exam does not allow port forwarding"));
         }
-        let answer = async { self.link().await?.tcp(port).await };
-        self.answer(answer).await
+        self.ask(|link| async move { link.tcp(port).await }).await
     }
 
-    async fn link(&self) -> Result<Arc<Link>, LinkError> {
+    fn environment(&self) -> Result<EnvironmentId, LinkError> {
         let environment = self.feed.borrow().environment_id;
-        match environment {
-            Some(id) => self.links.get(id).await,
-            None => Err(LinkError::Unreachable("the session has no environment".to_owned())),
+        environment.ok_or_else(|| LinkError::Unreachable("the session has no environment".to_owned()))
+    }
+
+    /// Asks the agent once, and waits for a link to ask on. What was asked and not answered is not asked again: it may have been done.
+    async fn ask<T, F>(&self, request: impl Fn(Arc<Link>) -> F) -> Result<T, Refusal>
+    where
+        F: Future<Output = Result<T, LinkError>>,
+    {
+        let mut retry = Retry::within(REACH_WITHIN);
+        loop {
+            let asked = async {
+                // Has a time limit of its own.
+                let link = self.links.get(self.environment()?).await?;
+                let late = || LinkError::Lost("no answer in time".to_owned());
+                timeout(ANSWER_WITHIN, request(link)).await.unwrap_or_else(|_| Err(late()))
+            };
+            let error = match asked.await {
+                Ok(value) => return Ok(value),
+                Err(error) => error,
+            };
+            if matches!(error, LinkError::Unreachable(_)) && retry.wait().await {
+                tracing::debug!(%error, "the environment is asked again");
+                continue;
+            }
+            return Err(self.refusal(error).await);
         }
     }
 
-    async fn answer<T>(&self, answer: impl Future<Output = Result<T, LinkError>>) -> Result<T, Refusal> {
-        match timeout(ANSWER_WITHIN, answer).await {
-            Ok(Ok(value)) => Ok(value),
-            Ok(Err(LinkError::Refused(sentence))) => Err(Refusal::Refused(sentence)),
-            Ok(Err(error)) => {
+    /// What is told when the agent has not done what was asked.
+    pub async fn refusal(&self, error: LinkError) -> Refusal {
+        match error {
+            LinkError::Refused(sentence) => Refusal::Refused(sentence),
+            error => {
                 tracing::warn!(%error, "the environment's agent did not take a request");
-                Err(self.lost().await)
+                self.lost().await
             }
-            Err(_) => Err(self.lost().await),
         }
     }
 
@@ -282,8 +328,15 @@ impl Visit {
         timeout(REASON_WITHIN, self.over()).await.map_or(Refusal::Lost, Refusal::Over)
     }
 
+    /// Records that somebody is here, for as long as it is polled: a connection does so once, whatever goes on in it. Never resolves.
+    pub async fn active(&self) -> Infallible {
+        loop {
+            tokio::time::sleep(TOUCH_EVERY).await;
+            self.lifecycle.touch(self.access.session_id()).await;
+        }
+    }
+
     /// Resolves when the session is over: when its row says so, or when the exam's time is, whichever is known first.
-    /// While it waits, the session counts as active.
     pub async fn over(&self) -> Over {
         let mut feed = self.feed.clone();
         loop {
@@ -304,7 +357,6 @@ impl Visit {
                     // The lifecycle is gone: the server is ending, and its listeners say so themselves.
                     std::future::pending::<()>().await;
                 },
-                () = tokio::time::sleep(TOUCH_EVERY) => self.lifecycle.touch(self.access.session_id()).await,
             }
         }
     }

@@ -20,7 +20,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument;
 
 use crate::{
-    bridge::Bridge,
+    bridge::{Bridge, Visit},
     ssh::{connection::Connection, guard::Guarded, inbox::Load, throttle::Throttle},
 };
 
@@ -183,7 +183,7 @@ impl Ssh {
         };
         let said = tokio::select! {
             result = &mut running => return ended(result),
-            over = async { match &visit { Some(visit) => visit.over().await.message, None => std::future::pending().await } } => over,
+            over = async { match &visit { Some(visit) => over(visit).await, None => std::future::pending().await } } => over,
             () = shutdown.cancelled() => "the exam server restarts; connect again, your shell goes on".to_owned(),
         };
         // The channels tell their clients first; whoever leaves them open is disconnected with the same sentence.
@@ -192,6 +192,15 @@ impl Ssh {
             () = sleep(LAST_WORDS) => {}
         }
         last_words(&handle, &said, running).await;
+    }
+}
+
+/// Waits for the session's end, which it returns in words; until then somebody is here.
+async fn over(visit: &Visit) -> String {
+    tokio::select! {
+        biased;
+        over = visit.over() => over.message,
+        never = visit.active() => match never {},
     }
 }
 

@@ -19,6 +19,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::bridge::Bridge;
 
 mod attachment;
+mod close;
 mod frame;
 mod login;
 mod page;

@@ -10,6 +10,7 @@
 mod handoff;
 mod hostile;
 mod processes;
+mod reconnect;
 mod setup;
 mod support;
 mod tcp;

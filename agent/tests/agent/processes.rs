@@ -120,7 +120,9 @@ async fn a_command_is_raw_bytes_given_to_the_shell() {
 
 #[tokio::test]
 async fn variables_and_directory_are_those_of_the_account_and_the_request() {
-    let agent = Agent::start_with(&["--env", "EXAM=one", "--env", "BOTH=agent"]).await;
+    let own =
+        [("CARREL_ENV_EXAM", "one"), ("CARREL_ENV_BOTH", "agent"), ("CARREL_ENV_", "x"), ("OTHER", "x")];
+    let agent = Agent::start_surrounded(&[], &own).await;
     let spec = ProcessSpec {
         env: vec![("LANG".into(), "C.UTF-8".into()), ("BOTH".into(), "request".into())],
         ..ProcessSpec::default()
@@ -130,6 +132,8 @@ async fn variables_and_directory_are_those_of_the_account_and_the_request() {
     let home = agent.home().display();
     let text = agent.run_with(&spec, command, b"").await.text();
     assert_eq!(text, format!("{home}\n{home} /bin/bash one C.UTF-8 agent\nset\n"));
+    let names = agent.run_with(&spec, b"env | cut -d= -f1", b"").await.text();
+    assert!(!names.lines().any(|name| name == "OTHER" || name.starts_with("CARREL")), "{names}");
 }
 
 #[tokio::test]

@@ -40,6 +40,11 @@ impl Agent {
     }
 
     pub async fn start_with(options: &[&str]) -> Self {
+        Self::start_surrounded(options, &[]).await
+    }
+
+    /// With options and variables of the agent's own.
+    pub async fn start_surrounded(options: &[&str], env: &[(&str, &str)]) -> Self {
         let directory = TempDir::new().unwrap();
         let listener = UnixListener::bind(directory.path().join("direct")).unwrap();
         let child = Command::new(PROGRAM)
@@ -48,6 +53,7 @@ impl Agent {
             .arg("--socket")
             .arg(directory.path().join("handed"))
             .args(options)
+            .envs(env.iter().copied())
             .stdin(Stdio::from(OwnedFd::from(listener)))
             .spawn()
             .unwrap();

@@ -58,7 +58,7 @@ const TIMES: Times = Times {
 /// Why the agent of an environment did not do as asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LinkError {
-    /// No connection could be opened: worth another try while the environment starts.
+    /// There is no connection, and nothing was asked: worth another try.
     #[error("the environment cannot be reached: {0}")]
     Unreachable(String),
     /// The agent has answered and refuses; its sentence, free of control characters.
@@ -67,6 +67,16 @@ pub enum LinkError {
     /// The connection ended, or the agent does not answer.
     #[error("the connection to the environment is lost: {0}")]
     Lost(String),
+}
+
+impl LinkError {
+    /// What failed belongs to something that was asked before: another try would ask that twice.
+    fn after_another(self) -> Self {
+        match self {
+            Self::Unreachable(why) => Self::Lost(why),
+            other => other,
+        }
+    }
 }
 
 type Opening = Shared<BoxFuture<'static, Result<Arc<Link>, LinkError>>>;

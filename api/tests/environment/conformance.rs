@@ -517,7 +517,7 @@ pub async fn destroying_leaves_nothing(backend: &mut impl Backend) {
     let mut stubborn = room.start("trap '' HUP TERM INT; echo up; while :; do sleep 1; done").await;
     assert_eq!(stubborn.stdout.read().await.unwrap().unwrap().as_ref(), b"up\n");
     let environment = backend.environment();
-    timeout(GONE, environment.destroy(room.id)).await.expect("it is gone in time").unwrap();
+    timeout(GONE, environment.destroy(room.id)).await.unwrap().unwrap();
     assert_eq!(backend.remains(room.id).await, Vec::<String>::new());
     // No byte and no success comes after the end.
     while let Ok(Some(_)) = stubborn.stdout.read().await {}

@@ -1,5 +1,7 @@
 //! What one channel does, from its request to its close, each in one function read from top to bottom.
-use std::sync::Arc;
+mod shell;
+
+use std::{convert::Infallible, sync::Arc};
 
 use bytes::Bytes;
 use carrel_agent::{
@@ -15,7 +17,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{connection::Entry, inbox::Inbox};
-use crate::bridge::{Refusal, Visit};
+use crate::bridge::{
+    Refusal, Visit,
+    terminal::{Sizes, resizes},
+};
 
 /// The status of everything that is not a process's own.
 const LOST: u32 = 255;
@@ -26,7 +31,7 @@ pub struct Inputs {
     /// Its bytes.
     pub inbox: Arc<Inbox>,
     /// The latest size of its window.
-    pub sizes: watch::Receiver<Option<(u16, u16)>>,
+    pub sizes: Sizes,
     /// Signals, by name.
     pub signals: mpsc::Receiver<&'static str>,
     /// The client has closed the channel, or is gone.
@@ -69,6 +74,24 @@ struct Outlet {
 
 /// The client is gone.
 struct Gone;
+
+/// Why a process has no exit status to report.
+enum Stop {
+    Gone,
+    Refused(Refusal),
+}
+
+impl From<Gone> for Stop {
+    fn from(_: Gone) -> Self {
+        Self::Gone
+    }
+}
+
+impl From<Refusal> for Stop {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
 
 impl Outlet {
     async fn data(&self, data: Bytes) -> Result<(), Gone> {
@@ -130,10 +153,12 @@ pub async fn session(
     let ending = match entry {
         Ok(visit) => {
             tokio::select! {
-                ending = run(&outlet, &inputs.inbox, inputs.sizes, inputs.signals, start, &visit) => ending,
+                // The session's end first: the loss of its environment follows from it and is no news.
+                biased;
+                () = inputs.gone.cancelled() => return,
                 over = visit.over() => Ending::because(over),
                 () = inputs.shutdown.cancelled() => Ending::because("the exam server restarts; connect again, your shell goes on"),
-                () = inputs.gone.cancelled() => return,
+                ending = run(&outlet, inputs.inbox, inputs.sizes, inputs.signals, start, &visit) => ending,
             }
         }
         Err(refusal) => Ending::because(refusal),
@@ -143,8 +168,8 @@ pub async fn session(
 
 async fn run(
     outlet: &Outlet,
-    inbox: &Inbox,
-    sizes: watch::Receiver<Option<(u16, u16)>>,
+    inbox: Arc<Inbox>,
+    sizes: Sizes,
     signals: mpsc::Receiver<&'static str>,
     start: Start,
     visit: &Visit,
@@ -152,18 +177,17 @@ async fn run(
     if let Err(refusal) = ready(outlet, visit).await {
         return Ending::because(refusal);
     }
-    let process = match open(start, visit, &sizes).await {
-        Ok(process) => process,
-        Err(refusal) => return Ending::because(refusal),
+    if visit.access.only_watches() {
+        return Ending::because(Refusal::Forbidden("your access is for watching only; use the staff page"));
+    }
+    let ended = match start {
+        Start { what: What::Shell, pty: Some(pty), env } => {
+            let spec = ProcessSpec { env, pty: Some(pty), join: Join::Ssh, ..ProcessSpec::default() };
+            shell::run(outlet, &inbox, sizes, signals, spec, visit).await
+        }
+        start => process(outlet, &inbox, sizes, signals, start, visit).await,
     };
-    let Process { stdin, stdout, stderr, control, .. } = process;
-    let exit = tokio::select! {
-        exit = output(outlet, stdout, stderr) => exit,
-        // A process that reads no more, or has read all, is not an end.
-        never = async { let _stdin = input(inbox, stdin).await; std::future::pending().await } => never,
-        never = requests(&control, sizes, signals) => match never {},
-    };
-    match exit {
+    match ended {
         Ok(Exit::Signal { out_of_memory: true, .. }) => Ending {
             status: 128 + 9,
             why: Some("the process was ended: your environment is out of memory".to_owned()),
@@ -173,7 +197,44 @@ async fn run(
             Ending::because(visit.lost().await)
         }
         Ok(exit) => Ending { status: exit.status(), why: None },
-        Err(Gone) => std::future::pending().await,
+        Err(Stop::Refused(refusal)) => Ending::because(refusal),
+        Err(Stop::Gone) => std::future::pending().await,
+    }
+}
+
+/// A command, or a shell without a terminal of its own: what it was doing is lost with its link.
+async fn process(
+    outlet: &Outlet,
+    inbox: &Inbox,
+    sizes: Sizes,
+    signals: mpsc::Receiver<&'static str>,
+    start: Start,
+    visit: &Visit,
+) -> Result<Exit, Stop> {
+    let Start { what, mut pty, env } = start;
+    if let Some(pty) = &mut pty {
+        latest(pty, &sizes);
+    }
+    let spec = ProcessSpec { env, pty, sftp: matches!(what, What::Sftp), ..ProcessSpec::default() };
+    let command = match &what {
+        What::Command(command) => Some(command.as_slice()),
+        What::Shell | What::Sftp => None,
+    };
+    let Process { stdin, stdout, stderr, control, .. } = visit.start(command, spec).await?;
+    let control = watch::channel(control).1;
+    tokio::select! {
+        exit = output(outlet, stdout, stderr) => Ok(exit?),
+        // A process that reads no more, or has read all, is not an end.
+        never = async { let _stdin = input(inbox, stdin).await; std::future::pending().await } => never,
+        never = resizes(control.clone(), sizes) => match never {},
+        never = pass_on(&control, signals) => match never {},
+    }
+}
+
+/// The size that the window has by now.
+fn latest(pty: &mut Pty, sizes: &Sizes) {
+    if let Some((cols, rows)) = *sizes.borrow() {
+        (pty.cols, pty.rows) = (cols, rows);
     }
 }
 
@@ -199,33 +260,6 @@ async fn ready(outlet: &Outlet, visit: &Visit) -> Result<(), Refusal> {
         }) => ready,
         never = show => never,
     }
-}
-
-async fn open(
-    start: Start,
-    visit: &Visit,
-    sizes: &watch::Receiver<Option<(u16, u16)>>,
-) -> Result<Process, Refusal> {
-    let Start { what, mut pty, env } = start;
-    if let (Some(pty), Some((cols, rows))) = (&mut pty, *sizes.borrow()) {
-        (pty.cols, pty.rows) = (cols, rows);
-    }
-    if visit.access.only_watches() {
-        return Err(Refusal::Forbidden("your access is for watching only; use the staff page"));
-    }
-    let interactive = matches!(what, What::Shell) && pty.is_some();
-    let spec = ProcessSpec {
-        env,
-        pty,
-        keep_seconds: interactive.then_some(u64::from(visit.exam.reconnect_window_seconds)),
-        join: if interactive { Join::Ssh } else { Join::Never },
-        sftp: matches!(what, What::Sftp),
-    };
-    let command = match &what {
-        What::Command(command) => Some(command.as_slice()),
-        What::Shell | What::Sftp => None,
-    };
-    visit.start(command, spec).await
 }
 
 /// stdout and stderr to the client until both have ended, then the status.
@@ -261,29 +295,18 @@ async fn input(inbox: &Inbox, mut stream: Outbound) -> Outbound {
     stream
 }
 
-/// Resizes and signals to the process. Never resolves.
-async fn requests(
-    control: &Control,
-    mut sizes: watch::Receiver<Option<(u16, u16)>>,
+/// Signals to the process. Never resolves.
+async fn pass_on(
+    control: &watch::Receiver<Control>,
     mut signals: mpsc::Receiver<&'static str>,
-) -> std::convert::Infallible {
-    sizes.mark_unchanged();
-    loop {
-        let done = tokio::select! {
-            Ok(()) = sizes.changed() => {
-                let size = *sizes.borrow_and_update();
-                match size {
-                    Some((cols, rows)) => control.resize(cols, rows).await,
-                    None => Ok(()),
-                }
-            }
-            Some(name) = signals.recv() => control.signal(name).await,
-            else => std::future::pending().await,
-        };
-        if let Err(error) = done {
-            tracing::debug!(%error, "a resize or signal did not reach its process");
+) -> Infallible {
+    while let Some(name) = signals.recv().await {
+        let control = control.borrow().clone();
+        if let Err(error) = control.signal(name).await {
+            tracing::debug!(%error, "a signal did not reach its process");
         }
     }
+    std::future::pending().await
 }
 
 /// A `direct-tcpip` channel to a port of the environment's loopback.

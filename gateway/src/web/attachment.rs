@@ -12,13 +12,10 @@ use std::{
     time::Duration,
 };
 
-use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
+use axum::extract::ws::{Message, WebSocket};
 use bytes::{Bytes, BytesMut};
-use carrel_agent::{
-    flow::{Inbound, Outbound},
-    wire::{Join, ProcessSpec, Pty},
-};
-use carrel_api::environment::link::{Control, Exit, Process, exit};
+use carrel_agent::wire::{Join, ProcessSpec, Pty};
+use carrel_api::environment::link::Exit;
 use futures_util::{
     FutureExt, SinkExt, StreamExt,
     stream::{SplitSink, SplitStream},
@@ -31,10 +28,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    close::{End, LAST_WORDS, refuse, refused},
     frame::{Attached, Dialect, FRAME_BYTES, INPUT_WINDOW, Malformed, Said, Say, Status},
     utf8::Utf8Tail,
 };
-use crate::bridge::{Bridge, Over, Progress, Refusal, Visit};
+use crate::bridge::{
+    Bridge, Progress, Refusal, Visit,
+    terminal::{Input, LOST, News, Output, PLAIN, Sizes, Terminal, resizes},
+};
 
 /// Output that may be under way without an acknowledgement, bytes.
 const OUTPUT_WINDOW: usize = 512 << 10;
@@ -46,8 +47,6 @@ const PING: Duration = Duration::from_secs(15);
 const PINGS: u32 = 3;
 /// Frames that wait for the connection, each of at most [`FRAME_BYTES`].
 const FRAMES: usize = 4;
-/// How long the last words and the client's own close may take.
-const LAST_WORDS: Duration = Duration::from_secs(5);
 /// How long a client may take to say its size once the environment is ready.
 const SIZE_WITHIN: Duration = Duration::from_secs(2);
 /// The size of a terminal whose client says none.
@@ -56,100 +55,6 @@ const SIZE: (u16, u16) = (80, 24);
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// Most that is written to the terminal at once, bytes.
 const INPUT_PIECE: usize = 16 << 10;
-
-/// Close codes of the contract beside those of RFC 6455.
-pub mod code {
-    /// No credential, or a wrong one.
-    pub const UNAUTHENTICATED: u16 = 4001;
-    /// No such session, or not the caller's.
-    pub const DENIED: u16 = 4003;
-    /// The environment did not become ready.
-    pub const NOT_READY: u16 = 4005;
-    /// The session was over before.
-    pub const OVER: u16 = 4006;
-    /// The client takes nothing.
-    pub const SLOW: u16 = 4008;
-    /// The session has too many connections.
-    pub const CROWDED: u16 = 4009;
-}
-
-/// Why a socket is closed.
-enum End {
-    /// The session was over before it came.
-    AlreadyOver(Over),
-    /// The session is over now.
-    Over(Over),
-    /// The shell has ended, all of it was said.
-    Exited,
-    /// The environment or the server cannot.
-    Refused(Refusal),
-    /// The client takes nothing.
-    Slow,
-    /// The client sends what is no frame.
-    Malformed(Malformed),
-    /// The client sends too much at once, or breaks the protocol.
-    Broken,
-    /// The server ends.
-    Shutdown,
-    /// The client has gone.
-    Gone,
-}
-
-impl From<Refusal> for End {
-    fn from(refusal: Refusal) -> Self {
-        match refusal {
-            Refusal::Over(over) => Self::Over(over),
-            other => Self::Refused(other),
-        }
-    }
-}
-
-impl End {
-    /// The close frame, unless there is nobody to send it to.
-    fn close(&self) -> Option<Message> {
-        let (code, reason) = match self {
-            Self::AlreadyOver(over) => (code::OVER, over.code.as_str().to_owned()),
-            Self::Over(over) => (close_code::NORMAL, over.code.as_str().to_owned()),
-            Self::Exited => (close_code::NORMAL, "the shell has ended".to_owned()),
-            Self::Refused(refusal) => (refused(refusal), refusal.to_string()),
-            Self::Slow => (code::SLOW, "too slow: nothing was taken for 60 s".to_owned()),
-            Self::Malformed(malformed) => (close_code::UNSUPPORTED, malformed.to_string()),
-            Self::Broken => (close_code::SIZE, "a frame is larger than 64 KiB, or malformed".to_owned()),
-            Self::Shutdown => (close_code::AWAY, "the server restarts; connect again".to_owned()),
-            Self::Gone => return None,
-        };
-        Some(close(code, &reason))
-    }
-}
-
-fn refused(refusal: &Refusal) -> u16 {
-    match refusal {
-        Refusal::Over(_) => code::OVER,
-        Refusal::TooManyConnections => code::CROWDED,
-        Refusal::NotReady => code::NOT_READY,
-        Refusal::Forbidden(_) => code::DENIED,
-        Refusal::Refused(_) | Refusal::Lost | Refusal::Unavailable => close_code::ERROR,
-    }
-}
-
-/// A close frame; its reason is cut to what one holds.
-pub fn close(code: u16, reason: &str) -> Message {
-    let end = (0..=reason.len().min(123)).rev().find(|at| reason.is_char_boundary(*at)).unwrap_or(0);
-    Message::Close(Some(CloseFrame { code, reason: reason.get(..end).unwrap_or_default().into() }))
-}
-
-/// Says why there is nothing, waits a moment for the client's own close, and is gone.
-pub async fn refuse(mut socket: WebSocket, code: u16, reason: &str) {
-    let words = async {
-        socket.send(close(code, reason)).await?;
-        while let Some(message) = socket.next().await {
-            message?;
-        }
-        Ok::<_, axum::Error>(())
-    };
-    // A client that does not close is left.
-    let _ = timeout(LAST_WORDS, words).await;
-}
 
 /// Counts between the halves of one socket.
 #[derive(Default)]
@@ -177,6 +82,11 @@ impl Flow {
                 return false;
             }
         }
+    }
+
+    /// Nothing is under way: the client counts from here.
+    fn begin(&self) {
+        self.unacknowledged.store(0, Ordering::Relaxed);
     }
 
     fn sent(&self, count: usize) {
@@ -230,12 +140,14 @@ pub async fn run(
         Some(over) => (End::AlreadyOver(over), None),
         None => tokio::select! {
             biased;
+            // Before what follows from it.
             over = visit.over() => (End::Over(over), None),
             () = shutdown.cancelled() => (End::Shutdown, None),
             (end, sink) = writer.as_mut() => (end, Some(sink)),
             end = read(&mut stream, dialect, keys, &sizes, &flow) => (end, None),
             end = serve(&visit, &line, size, typed, &flow) => (end, None),
             never = statuses(&visit, &line, bridge) => match never {},
+            never = visit.active() => match never {},
         },
     };
     let Some(close) = end.close() else { return };
@@ -333,33 +245,29 @@ async fn read(
 async fn serve(
     visit: &Visit,
     line: &Line,
-    mut sizes: watch::Receiver<Option<(u16, u16)>>,
+    mut sizes: Sizes,
     typed: ReadHalf<SimplexStream>,
     flow: &Flow,
 ) -> End {
     if let Err(refusal) = visit.ready(|_| ()).await {
         return refusal.into();
     }
-    let process = match open(visit, line.dialect, &mut sizes).await {
-        Ok(process) => process,
+    let terminal = match open(visit, line.dialect, &mut sizes).await {
+        Ok(terminal) => terminal,
         Err(refusal) => return refusal.into(),
     };
     let watching = visit.access.only_watches();
-    let Process { stdin, stdout, control, resumed, .. } = process;
+    let Terminal { resumed, output, input, control } = terminal;
     line.say(Say::Attached(Attached { resumed, watching })).await;
     tokio::select! {
-        end = output(visit, line, stdout, flow) => end,
-        never = input(line, typed, stdin, watching) => match never {},
-        never = resizes(&control, sizes), if !watching => match never {},
+        end = show(visit, line, output, flow) => end,
+        never = keys(line, typed, input, watching) => match never {},
+        never = resizes(control, sizes), if !watching => match never {},
     }
 }
 
 /// The main terminal, or a new one in the client's size. A watcher waits until there is one.
-async fn open(
-    visit: &Visit,
-    dialect: Dialect,
-    sizes: &mut watch::Receiver<Option<(u16, u16)>>,
-) -> Result<Process, Refusal> {
+async fn open(visit: &Visit, dialect: Dialect, sizes: &mut Sizes) -> Result<Terminal, Refusal> {
     if dialect == Dialect::Binary {
         // One that says none gets the usual size.
         let _ = timeout(SIZE_WITHIN, sizes.wait_for(Option::is_some)).await;
@@ -374,19 +282,19 @@ async fn open(
         let spec = ProcessSpec {
             env: env.clone(),
             pty: Some(Pty { term: "xterm-256color".to_owned(), cols, rows, modes: Vec::new() }),
-            keep_seconds: Some(u64::from(visit.exam.reconnect_window_seconds)),
             join: if watching { Join::Watch } else { Join::Browser },
             ..ProcessSpec::default()
         };
-        match visit.start(None, spec).await {
+        match visit.terminal(spec, sizes.clone()).await {
             Err(Refusal::Refused(_)) if watching => sleep(LOOK_AGAIN).await,
             other => return other,
         }
     }
 }
 
-/// The terminal to the client.
-async fn output(visit: &Visit, line: &Line, mut stdout: Inbound, flow: &Flow) -> End {
+/// The terminal to the client, also over a lost link.
+async fn show(visit: &Visit, line: &Line, mut terminal: Output, flow: &Flow) -> End {
+    let watching = visit.access.only_watches();
     let mut tail = Utf8Tail::default();
     let send = async |piece: Bytes| {
         if !piece.is_empty() {
@@ -398,33 +306,36 @@ async fn output(visit: &Visit, line: &Line, mut stdout: Inbound, flow: &Flow) ->
         if !flow.room(line.dialect).await {
             return End::Slow;
         }
-        match stdout.read().await {
-            Ok(Some(piece)) => send(tail.push(piece)).await,
-            Ok(None) => break,
-            Err(closed) => {
-                tracing::warn!(%closed, "a terminal's stream was lost");
+        match terminal.next().await {
+            Ok(News::Bytes(piece)) => send(tail.push(piece)).await,
+            Ok(News::Lost) => {
+                send(tail.finish()).await;
+                send(format!("{PLAIN}\r\ncarrel: {LOST}\r\n").into()).await;
+            }
+            Ok(News::Back) => {
+                // What was drawn since the last acknowledgement is not reported any more by a client that begins anew.
+                flow.begin();
+                line.say(Say::Attached(Attached { resumed: true, watching })).await;
+            }
+            Ok(News::Ended(Exit::Lost(reason))) => {
+                tracing::warn!(reason, "how a shell ended was lost");
                 return visit.lost().await.into();
             }
-        }
-    }
-    send(tail.finish()).await;
-    match exit(&mut stdout).await {
-        Exit::Lost(reason) => {
-            tracing::warn!(reason, "how a shell ended was lost");
-            visit.lost().await.into()
-        }
-        known => {
-            line.say(Say::Exit(known)).await;
-            End::Exited
+            Ok(News::Ended(exit)) => {
+                send(tail.finish()).await;
+                line.say(Say::Exit(exit)).await;
+                return End::Exited;
+            }
+            Err(error) => return visit.refusal(error).await.into(),
         }
     }
 }
 
 /// The client's keys to the terminal.
-async fn input(
+async fn keys(
     line: &Line,
     mut typed: ReadHalf<SimplexStream>,
-    mut stdin: Outbound,
+    mut terminal: Input,
     watching: bool,
 ) -> Infallible {
     loop {
@@ -434,25 +345,11 @@ async fn input(
             Ok(_) => {}
         }
         let count = piece.len();
-        // A terminal that is gone takes nothing; its end is told by its output.
-        if !watching && stdin.write(piece.freeze()).await.is_err() {
-            tracing::debug!("input came after the end of its terminal");
+        if !watching {
+            terminal.write(piece.freeze()).await;
         }
         line.say(Say::Taken(count)).await;
     }
-}
-
-/// The client's window to the terminal. Only the latest size matters.
-async fn resizes(control: &Control, mut sizes: watch::Receiver<Option<(u16, u16)>>) -> Infallible {
-    while sizes.changed().await.is_ok() {
-        let size = *sizes.borrow_and_update();
-        if let Some((cols, rows)) = size
-            && let Err(error) = control.resize(cols, rows).await
-        {
-            tracing::debug!(%error, "a resize did not reach its terminal");
-        }
-    }
-    std::future::pending().await
 }
 
 /// How the session stands: at once, on every change, and every [`PING`].
@@ -492,14 +389,6 @@ async fn statuses(visit: &Visit, line: &Line, bridge: &Bridge) -> Infallible {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_close_reason_is_cut_between_characters() {
-        let reason = format!("{}é", "x".repeat(122));
-        let Message::Close(Some(frame)) = close(4008, &reason) else { panic!() };
-        assert_eq!(frame.reason.as_str(), "x".repeat(122));
-        assert_eq!(frame.code, 4008);
-    }
 
     #[tokio::test]
     async fn output_waits_for_acknowledgements_where_there_are_any() {

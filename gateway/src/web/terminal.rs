@@ -14,8 +14,8 @@ use tokio::time::timeout;
 use tracing::Instrument;
 
 use super::{
-    WebState,
-    attachment::{self, code},
+    WebState, attachment,
+    close::{code, refuse},
     error,
     frame::{BINARY, Dialect, FRAME_BYTES, JSON, Malformed, Said},
     login::{self, Credential, NotIn},
@@ -117,7 +117,7 @@ pub async fn terminal(
                     Ok(access) => access,
                     Err((code, reason)) => {
                         tracing::info!(code, reason, "a terminal was refused");
-                        return attachment::refuse(socket, code, reason).await;
+                        return refuse(socket, code, reason).await;
                     }
                 };
                 tracing::Span::current().record("user_id", tracing::field::display(access.user_id()));

@@ -1,4 +1,5 @@
 //! The pod of an environment, as it is asked for. Does not know what becomes of it.
+use carrel_agent::wire::ENV_PREFIX;
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
@@ -189,10 +190,12 @@ fn session_container(spec: &EnvironmentSpec, image: &str, options: &KubernetesOp
     if let Some(shell) = &spec.shell {
         command.extend(["--shell".into(), shell.clone()]);
     }
-    for (name, value) in &spec.env {
-        // Kubernetes replaces $(NAME) in a command, and $$( means a plain $(.
-        command.extend(["--env".into(), format!("{name}={value}").replace("$(", "$$(")]);
-    }
+    // Kubernetes replaces $(NAME) in a value, and $$( means a plain $(.
+    let env: Vec<_> = spec
+        .env
+        .iter()
+        .map(|(name, value)| json!({ "name": format!("{ENV_PREFIX}{name}"), "value": value.replace("$(", "$$(") }))
+        .collect();
     let mut mounts = vec![json!({ "name": "socket", "mountPath": "/run/carrel" })];
     if options.agent_image.is_some() {
         mounts.push(json!({ "name": "agent", "mountPath": "/carrel", "readOnly": true }));
@@ -206,6 +209,7 @@ fn session_container(spec: &EnvironmentSpec, image: &str, options: &KubernetesOp
         "name": SESSION,
         "image": image,
         "command": command,
+        "env": env,
         "resources": resources(spec, options),
         "securityContext": { "allowPrivilegeEscalation": false, "capabilities": capabilities },
         "volumeMounts": mounts,

@@ -133,7 +133,7 @@ impl Link {
         let main = self.send(request, false).await?;
         // Sent before the first answer is waited for: both travel in one round trip.
         let stderr = match stderr {
-            Some(request) => Some(self.send(request, true).await?),
+            Some(request) => Some(self.send(request, true).await.map_err(LinkError::after_another)?),
             None => None,
         };
         let ((head, stdin, stdout), stderr) = tokio::try_join!(main.answer(ANSWER), async {
@@ -143,6 +143,9 @@ impl Link {
             }
         })?;
         let id = process_id(&head)?;
+        if spec.terminal.as_ref().is_some_and(|wanted| *wanted != id) {
+            return Err(LinkError::Refused("the agent gave another terminal than it was asked for".into()));
+        }
         Ok(Process {
             resumed: head.get(RESUMED).is_some_and(|value| value == "1"),
             stdin,
@@ -196,14 +199,16 @@ impl Link {
         LinkError::Lost(self.lost().unwrap_or_else(|| error.to_string()))
     }
 
+    /// Nothing was asked when this fails.
     async fn send(&self, request: Request<()>, end: bool) -> Result<Sent<'_>, LinkError> {
+        let unsent = |error: h2::Error| LinkError::Unreachable(self.lost().unwrap_or(error.to_string()));
         // The agent chooses how many streams it allows: the wait for a free one has an end.
         let mut requests = timeout(ANSWER, self.requests.clone().ready())
             .await
             .map_err(|_| LinkError::Lost("the environment takes no more requests".into()))?
-            .map_err(|error| self.error(&error))?;
+            .map_err(unsent)?;
         self.touch();
-        let (response, stream) = requests.send_request(request, end).map_err(|error| self.error(&error))?;
+        let (response, stream) = requests.send_request(request, end).map_err(unsent)?;
         let mut outbound = Outbound::new(stream);
         if end {
             // Says so to the buffer too, which would else reset the stream when it is dropped.

@@ -202,7 +202,8 @@ async fn closing_ends_every_stream_now_and_the_process_is_lost() {
     assert!(soon(process.stdout.read()).await.is_err());
     assert!(matches!(soon(exit(&mut process.stdout)).await, Exit::Lost(_)));
     soon(process.stdin.closed()).await;
-    assert!(matches!(soon(process.control.resize(80, 24)).await, Err(LinkError::Lost(_))));
+    let unasked = soon(process.control.resize(80, 24)).await;
+    assert_eq!(unasked, Err(LinkError::Unreachable("it was closed".into())));
     soon(async { links.get(id).await.unwrap().health().await }).await.unwrap();
     assert_eq!(fake.connects(), 2);
 }
@@ -304,4 +305,42 @@ async fn a_stream_that_ends_without_a_status_is_lost_and_one_with_it_is_not() {
     let mut done = soon(link.start(Some(b"true"), &ProcessSpec::default())).await.unwrap();
     assert_eq!(soon(done.stdout.read()).await, Ok(None));
     assert_eq!(soon(exit(&mut done.stdout)).await, Exit::Code(0));
+}
+
+#[tokio::test]
+async fn another_terminal_than_the_one_that_was_named_is_refused() {
+    let id = EnvironmentId::new();
+    let links = Links::new(Fake::with(&[(id, Agent::Answers(running))]));
+    let link = links.get(id).await.unwrap();
+    let named = |name: &str| ProcessSpec { terminal: Some(name.into()), ..terminal() };
+    assert_eq!(soon(link.start(None, &named("1"))).await.unwrap().id, "1");
+    let other = soon(link.start(None, &named("2"))).await.map(|_| ());
+    assert!(matches!(other, Err(LinkError::Refused(why)) if why.contains("another terminal")));
+}
+
+#[tokio::test]
+async fn what_was_asked_and_not_answered_is_lost_and_what_was_not_asked_is_worth_another_try() {
+    fn never(request: Request<h2::RecvStream>, respond: SendResponse<Bytes>) {
+        tokio::spawn(async move {
+            std::future::pending::<()>().await;
+            drop((request, respond));
+        });
+    }
+    let id = EnvironmentId::new();
+    let links = Links::new(Fake::with(&[(id, Agent::Answers(never))]));
+    let link = links.get(id).await.unwrap();
+    let asking = tokio::spawn({
+        let link = Arc::clone(&link);
+        async move { link.start(Some(b"true"), &ProcessSpec::default()).await.map(|_| ()) }
+    });
+    soon(async {
+        while link.streams() < 2 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    links.close(id);
+    assert_eq!(soon(asking).await.unwrap(), Err(LinkError::Lost("it was closed".into())));
+    let after = soon(link.start(Some(b"true"), &ProcessSpec::default())).await.map(|_| ());
+    assert_eq!(after, Err(LinkError::Unreachable("it was closed".into())));
 }

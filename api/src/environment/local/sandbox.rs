@@ -20,6 +20,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
+use carrel_agent::wire::ENV_PREFIX;
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -269,6 +270,9 @@ impl Sandbox {
         options
             .extend(["--perms", "0555", "--file", &descriptors.add(agent.into()), &path].map(str::to_owned));
         options.extend(["--remount-ro", "/"].map(str::to_owned));
+        for (name, value) in &spec.env {
+            options.extend(["--setenv".to_owned(), format!("{ENV_PREFIX}{name}"), value.clone()]);
+        }
 
         let mut agent: Vec<String> = vec![path, "serve".into(), "--listen-fd".into(), "0".into()];
         let mut option = |name: &str, value: String| agent.extend([format!("--{name}"), value]);
@@ -278,9 +282,6 @@ impl Sandbox {
         option("limit-memory", spec.memory.unwrap_or(DEFAULT_MEMORY).to_string());
         if let Some(shell) = &spec.shell {
             option("shell", shell.clone());
-        }
-        for (name, value) in &spec.env {
-            option("env", format!("{name}={value}"));
         }
 
         // 0 would mean no limit.

@@ -129,7 +129,7 @@ fn variables_are_not_expanded_by_kubernetes() {
         ..EnvironmentSpec::default()
     };
     let pod = manifest(&request(spec), &options()).unwrap();
-    assert!(session(&pod)["command"].as_array().unwrap().contains(&json!("A=$$(PATH)")));
+    assert_eq!(session(&pod)["env"], json!([{ "name": "CARREL_ENV_A", "value": "$$(PATH)" }]));
 }
 
 #[test]
