@@ -27,7 +27,7 @@ build: setup ## Build target/release/carrel, with the static agent and the web p
 demo: build ## Build, then run a server with one exam and one session; Ctrl-C ends it and leaves nothing
 	@$(CARREL) demo
 
-test: build ## Run all tests: Rust, web page, and real clients from the outside
+test: build ## Run all tests: Rust, web page, real clients from the outside, a real Kubernetes
 	@.ci/setup test
 	@tests/run
 
@@ -53,7 +53,7 @@ cluster-up: ## Bring a real single-node Kubernetes up on this machine
 cluster-down: ## End it and leave nothing
 	@tests/cluster/down
 
-test-cluster: build ## Run the tests that need it on that Kubernetes (brings it up and down)
+test-cluster: build ## Run the tests on that Kubernetes (brings it up, and down if it was not up)
 	@.ci/setup test
 	@tests/run cluster
 
