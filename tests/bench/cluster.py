@@ -172,7 +172,7 @@ class Carrel:
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[Carrel]:
-        variables = {name: value for name, value in os.environ.items() if not name.startswith("CARREL_")}
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("CARREL_") or name == "CARREL_LOG"}
         variables["CARREL_DATA_DIR"] = str(self.work / "data")
         exams = self.work / "exams"
         exams.mkdir()
@@ -414,7 +414,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller transfers, ten at once")
     parser.add_argument("--parts", default=",".join(PARTS), help="only these, with commas between them: %(default)s")
-    parser.add_argument("--keep-log", type=pathlib.Path, metavar="FILE", help="where the log of carrel goes; RUST_LOG says how much")
+    parser.add_argument("--keep-log", type=pathlib.Path, metavar="FILE", help="where the log of carrel goes; CARREL_LOG says how much")
     arguments = parser.parse_args()
     parts = set(arguments.parts.split(","))
     if parts - set(PARTS):
