@@ -84,6 +84,7 @@ pub struct Lifecycle {
     end: CancellationToken,
     starting: Semaphore,
     warming: Semaphore,
+    early: Semaphore,
     ending: Semaphore,
 }
 
@@ -115,6 +116,7 @@ impl Lifecycle {
             end: CancellationToken::new(),
             starting: Semaphore::new(PARALLEL),
             warming: Semaphore::new(WARMING),
+            early: Semaphore::new(make::EARLY),
             ending: Semaphore::new(PARALLEL),
         })
     }

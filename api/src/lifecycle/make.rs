@@ -23,7 +23,13 @@ use crate::{
 const CREATE_ATTEMPTS: u32 = 3;
 /// Made, and still not to be seen: asked for again this often.
 const CREATE_AGAIN: Duration = Duration::from_secs(2);
-/// The first and the longest pause between two attempts to reach the agent.
+/// From when the agent may be there until the first attempt: no container is there sooner.
+const HEAD_START: Duration = Duration::from_millis(300);
+/// Attempts before the backend says that the environment is up, at once in the whole server, and how long each keeps its turn: 20 a
+/// second, because one that fails costs the cluster 10 ms of a processor on which the same pod is being started.
+pub(super) const EARLY: usize = 2;
+const EARLY_APART: Duration = Duration::from_millis(100);
+/// The first and the longest pause between two attempts to reach the agent of an environment that is up.
 const PROBE: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(100));
 /// One attempt to reach the agent.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
@@ -118,15 +124,30 @@ impl Making<'_> {
         witness: &mut impl Witness,
     ) -> Result<Arc<Link>, Stop> {
         let mut asked = Instant::now();
+        let mut reachable = None;
         let mut delay = PROBE.0;
         loop {
             let look = Arc::clone(&observation.borrow_and_update());
             let seen = look.environments.get(&self.request.environment_id);
-            let reachable = match seen.map(|observed| &observed.phase) {
-                Some(Phase::Up) => true,
-                Some(Phase::Starting { step, reachable }) => {
+            let wait = match seen.map(|observed| &observed.phase) {
+                Some(Phase::Up) => {
+                    if let Some(link) = self.probe().await? {
+                        return Ok(link);
+                    }
+                    let wait = delay;
+                    delay = (delay * 2).min(PROBE.1);
+                    wait
+                }
+                Some(Phase::Starting { step, reachable: maybe }) => {
                     witness.step(*step).await?;
-                    *reachable
+                    if *maybe {
+                        let since = *reachable.get_or_insert_with(Instant::now);
+                        if let Some(link) = self.probe_early(since, observation).await? {
+                            return Ok(link);
+                        }
+                        continue;
+                    }
+                    LOOK
                 }
                 // The next pass draws the conclusion.
                 Some(Phase::Ending | Phase::Failed(_)) => return Err(Stop::Yield),
@@ -135,25 +156,43 @@ impl Making<'_> {
                         self.create().await?;
                         asked = Instant::now();
                     }
-                    false
+                    LOOK
                 }
-            };
-            let wait = if reachable {
-                if let Some(link) = self.probe().await? {
-                    return Ok(link);
-                }
-                let wait = delay;
-                delay = (delay * 2).min(PROBE.1);
-                wait
-            } else {
-                LOOK
             };
             tokio::select! {
                 () = self.cancel.cancelled() => return Err(Stop::Yield),
-                _ = observation.changed(), if !reachable => {}
+                _ = observation.changed() => {}
                 () = tokio::time::sleep(wait) => {}
             }
         }
+    }
+
+    /// One attempt at an agent that is perhaps there, `since` so long; none when the backend has news first.
+    async fn probe_early(
+        &self,
+        since: Instant,
+        observation: &mut watch::Receiver<Arc<Observation>>,
+    ) -> Result<Option<Arc<Link>>, Stop> {
+        let turn = async {
+            tokio::time::sleep_until(since + HEAD_START).await;
+            self.lifecycle.early.acquire().await
+        };
+        let turn = tokio::select! {
+            () = self.cancel.cancelled() => return Err(Stop::Yield),
+            _ = observation.changed() => return Ok(None),
+            turn = turn => turn,
+        };
+        let link = self.probe().await?;
+        if link.is_none() {
+            // With the turn in hand: this is what bounds the attempts of all.
+            tokio::select! {
+                () = self.cancel.cancelled() => return Err(Stop::Yield),
+                _ = observation.changed() => {}
+                () = tokio::time::sleep(EARLY_APART) => {}
+            }
+        }
+        drop(turn);
+        Ok(link)
     }
 
     /// One attempt.

@@ -49,6 +49,17 @@ pub(super) fn name(id: EnvironmentId) -> String {
     format!("carrel-{id}")
 }
 
+/// Variables by which kubelet tells every container where the API server is, links or not; what is set here is left alone.
+const API_SERVER: [&str; 7] = [
+    "KUBERNETES_SERVICE_HOST",
+    "KUBERNETES_SERVICE_PORT",
+    "KUBERNETES_SERVICE_PORT_HTTPS",
+    "KUBERNETES_PORT",
+    "KUBERNETES_PORT_443_TCP",
+    "KUBERNETES_PORT_443_TCP_ADDR",
+    "KUBERNETES_PORT_443_TCP_PORT",
+];
+
 /// Path of the agent's program in the session container.
 pub(super) fn agent_path(options: &KubernetesOptions) -> &str {
     options.agent_path.as_deref().unwrap_or(AGENT_COPIED)
@@ -191,11 +202,10 @@ fn session_container(spec: &EnvironmentSpec, image: &str, options: &KubernetesOp
         command.extend(["--shell".into(), shell.clone()]);
     }
     // Kubernetes replaces $(NAME) in a value, and $$( means a plain $(.
-    let env: Vec<_> = spec
-        .env
-        .iter()
-        .map(|(name, value)| json!({ "name": format!("{ENV_PREFIX}{name}"), "value": value.replace("$(", "$$(") }))
-        .collect();
+    let own = spec.env.iter().map(
+        |(name, value)| json!({ "name": format!("{ENV_PREFIX}{name}"), "value": value.replace("$(", "$$(") }),
+    );
+    let env: Vec<_> = API_SERVER.iter().map(|name| json!({ "name": name, "value": "" })).chain(own).collect();
     let mut mounts = vec![json!({ "name": "socket", "mountPath": "/run/carrel" })];
     if options.agent_image.is_some() {
         mounts.push(json!({ "name": "agent", "mountPath": "/carrel", "readOnly": true }));
