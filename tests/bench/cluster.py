@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -321,7 +322,12 @@ def measure(compared: Comparison, cluster: Cluster, carrel: Carrel, like: dict[s
     notes: list[str] = []
     rounds, size = (5, 50_000_000) if quick else (40, 200_000_000)
 
+    waits = {server.name: itertools.count(1) for server in compared.servers}
+
     def starts(server: Server, count: int) -> float:
+        # kubelet looks at containers once a second, and what was there before has just gone at such a look: a start must come
+        # at any point of that second. These are spread evenly over it.
+        time.sleep(next(waits[server.name]) * 0.618 % 1)
         if server.name == OURS:
             return asyncio.run(carrel.sessions(cluster, count))
         return asyncio.run(bare_pods(cluster, like, count))

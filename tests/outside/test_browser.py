@@ -349,7 +349,6 @@ def test_a_cut_network_is_shown_and_the_terminal_comes_back(browser: Browser, ne
         cable.close()
 
 
-@pytest.mark.pods
 def test_a_restart_of_the_server_is_survived(browser: Browser, new_server: Callable[..., Server]) -> None:
     server = new_server()
     session = server.create_session("plain")

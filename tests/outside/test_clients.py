@@ -57,7 +57,6 @@ def paramiko_client(session: Session, auth: str) -> paramiko.SSHClient:
 
 
 @pytest.mark.parametrize("auth", ["password", "key"])
-@pytest.mark.pods
 def test_paramiko(session: Session, auth: str, tmp_path: Path) -> None:
     with paramiko_client(session, auth) as client:
         transport = client.get_transport()

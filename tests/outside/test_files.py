@@ -207,7 +207,6 @@ def test_input_sent_before_the_environment_is_ready_is_kept(server: Server, ssh_
     session.terminate()
 
 
-@pytest.mark.pods
 def test_scp_waits_for_an_environment_that_is_not_ready(server: Server, ssh_key: Path, tmp_path: Path) -> None:
     session = server.create_session("slow-start", ssh_key=ssh_key, ready=False)
     (tmp_path / "early").write_bytes(b"early bird" * 1000)

@@ -59,7 +59,6 @@ def test_a_session_goes_from_created_to_ready_to_running_to_terminated(server: S
     wait_until("its environment is gone", lambda: not session.environment(), within=60)
 
 
-@pytest.mark.pods
 def test_status_shows_numbered_progress(server: Server) -> None:
     session = server.create_session("slow-start", ready=False)
     seen = set()
@@ -123,7 +122,6 @@ def test_a_start_that_takes_longer_than_60_s_fails(new_server: Callable[..., Ser
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.pods
 def test_a_session_that_nobody_uses_ends(server: Server) -> None:
     session = server.create_session("unused")
     session.wait_state("terminated", within=30)
@@ -305,8 +303,7 @@ def test_a_server_killed_in_any_state_converges_after_its_restart(new_server: Ca
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
-@pytest.mark.pods
+@pytest.mark.parametrize("how", ["SIGTERM", pytest.param("SIGKILL", marks=pytest.mark.pods)])
 def test_a_shell_is_still_there_after_a_restart_of_the_server(new_server: Callable[..., Server], how: str) -> None:
     server = new_server()
     session = server.create_session()
@@ -342,7 +339,6 @@ def test_environments_without_a_row_are_swept(new_server: Callable[..., Server])
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.pods
 def test_a_row_without_its_environment_fails(new_server: Callable[..., Server]) -> None:
     server = new_server()
     session = server.create_session()

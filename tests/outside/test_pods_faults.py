@@ -331,8 +331,9 @@ def test_shells_outlive_an_api_server_that_is_away_for_20_seconds(cluster: Clust
         browser.type(COUNTER.encode() + b"\r")
         browser.shows(rb"tick-3-", within=30)
         long, short = Command(graded.ssh, "echo up; sleep 300"), Command(graded.ssh, "echo up; sleep 8; exit 0")
+        shown = len(shell.seen)
         with away(cluster, "kube-apiserver", "kill") as fault:
-            before, at, shown = last_tick(terminal.seen), time.monotonic(), len(shell.seen)
+            before, at = last_tick(terminal.seen), time.monotonic()
             browser_before = last_tick(browser.output)
             for _ in range(5):
                 fault.stay(fault.seconds + 3)
@@ -347,15 +348,15 @@ def test_shells_outlive_an_api_server_that_is_away_for_20_seconds(cluster: Clust
             fault.back()
             wait_until("the server is ready again", server.ready, within=60)
             for name, open_terminal in (("counting", terminal), ("quiet", shell)):
-                assert open_terminal.process.poll() is None, f"the {name} client ended with {open_terminal.process.poll()}: {open_terminal.seen[-600:]}"
+                status = open_terminal.process.poll()
+                assert status is None, f"the {name} client ended with {status}: {open_terminal.seen[-600:]}"
             counts_on(terminal, before, time.monotonic() - at, within=45)
             assert re.search(CUT, terminal.seen), f"the terminal was not told: {terminal.seen[-1500:]}"
             wait_until("the quiet screen is drawn again", lambda: b"on-the-screen-2" in shell.seen[shown:], within=45)
             assert re.search(CUT, shell.seen[shown:]), f"the terminal was not told: {shell.seen[shown:]}"
             assert shell.ask("echo $kept") == "in-42", "it is another shell"
-            wait_until(
-                "the browser's terminal counts on", lambda: last_tick(browser.output) > browser_before + 2 * (time.monotonic() - at), within=45
-            )
+            counted_on = browser_before + int(2 * (time.monotonic() - at))
+            wait_until("the browser's terminal counts on", lambda: last_tick(browser.output) > counted_on, within=45)
             print(f"the browser's connection was closed with {browser.closes}")
             assert counted.ssh.out("echo in", timeout=40) == "in"
             recover(cluster)

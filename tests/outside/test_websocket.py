@@ -361,7 +361,6 @@ def test_a_session_that_is_over_says_so(fresh: Session) -> None:
         assert close_of(socket)[0] == 4006
 
 
-@pytest.mark.pods
 def test_a_session_that_starts_shows_its_steps_and_then_its_terminal(server: Server) -> None:
     session = server.create_session("slow-start", ready=False)
     with json_client(session) as client:
