@@ -15,8 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser
 
 from harness import Server, Session, Terminal, wait_until
+from test_browser import browser, connected  # noqa: F401 the fixture
 from test_websocket import ATTACHED, EXIT, binary_client, json_client
 
 pytestmark = pytest.mark.local("cuts the unix socket of a sandbox")
@@ -228,6 +230,19 @@ def test_both_clients_of_one_terminal_come_back(alone: Session) -> None:
         plain.expect("No such file")
         assert binary.until(EXIT) == {"code": 5}
         assert terminal.wait() == 5
+
+
+def test_the_page_draws_its_terminal_again(alone: Session, browser: Browser) -> None:
+    with connected(browser, alone) as page:
+        page.enter("kept=in-$((40+2)); clear; seq 1 3 | sed s/^/row-/")
+        page.shows("row-3")
+        with unreachable(alone):
+            page.shows("the connection to your environment was lost; reconnecting")
+            page.enter("touch ~/typed-meanwhile")
+            page.wait("connected")
+        page.shows(r"\Arow-1\nrow-2\nrow-3\n[^\n]*\$\Z")
+        page.enter("echo $kept; ls ~/typed-meanwhile")
+        page.shows("^in-42\n.*No such file")
 
 
 def test_a_browser_with_much_output_under_way_comes_back(alone: Session) -> None:
