@@ -2,14 +2,17 @@
 //!
 //! A reader and a writer of their own, each with a queue of limited length: when the queue is full, the side that fills it
 //! waits, in one direction without stopping the other.
+mod outgoing;
+
 use std::{
     future::Future,
     io,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 use futures_util::{
     Sink, SinkExt, Stream, StreamExt,
     stream::{SplitSink, SplitStream},
@@ -20,11 +23,9 @@ use tokio::{
     sync::mpsc,
 };
 use tokio_tungstenite::tungstenite::{Error as WebSocketError, Message};
-use tokio_util::{
-    sync::PollSender,
-    task::{AbortOnDropHandle, TaskTracker},
-};
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
+use self::outgoing::{Outgoing, Sender};
 use super::cluster::plain;
 
 /// First byte of a frame, as `remotecommand` numbers its streams.
@@ -35,10 +36,6 @@ const ERROR: u8 = 3;
 /// Version 5 of the protocol: the stream named in the next byte has ended.
 const CLOSE: u8 = 255;
 
-/// Bytes of stdin in one frame, at most.
-const FRAME: usize = 128 * 1024;
-/// Frames on their way out.
-const OUTGOING: usize = 4;
 /// Frames that wait to be read. kubelet's have 32 KiB at most.
 const INCOMING: usize = 16;
 /// A frame of more bytes than this is not of this protocol.
@@ -51,7 +48,7 @@ pub(super) struct ExecStream {
     incoming: mpsc::Receiver<io::Result<Bytes>>,
     current: Bytes,
     ended: bool,
-    outgoing: PollSender<Bytes>,
+    outgoing: Arc<Outgoing>,
     _tasks: [AbortOnDropHandle<()>; 2],
 }
 
@@ -72,35 +69,16 @@ impl ExecStream {
     {
         let (sink, source) = socket.split();
         let (arrived, incoming) = mpsc::channel(INCOMING);
-        let (outgoing, leaving) = mpsc::channel(OUTGOING);
+        let outgoing = Arc::new(Outgoing::default());
         let reader = tasks.spawn(receive(source, arrived, end));
-        let writer = tasks.spawn(send(sink, leaving, half_close));
+        let writer = tasks.spawn(send(sink, Sender(Arc::clone(&outgoing)), half_close));
         Self {
             incoming,
             current: Bytes::new(),
             ended: false,
-            outgoing: PollSender::new(outgoing),
+            outgoing,
             _tasks: [reader, writer].map(AbortOnDropHandle::new),
         }
-    }
-
-    fn poll_send(&mut self, context: &mut Context<'_>, parts: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        let gone = || io::Error::new(io::ErrorKind::BrokenPipe, "the exec stream has ended");
-        let length = parts.iter().map(|part| part.len()).sum::<usize>().min(FRAME);
-        if length == 0 {
-            return Poll::Ready(Ok(0));
-        }
-        ready!(self.outgoing.poll_reserve(context)).map_err(|_| gone())?;
-        let mut frame = BytesMut::with_capacity(length + 1);
-        frame.put_u8(STDIN);
-        let mut left = length;
-        for part in parts {
-            let (taken, _) = part.split_at(part.len().min(left));
-            frame.put_slice(taken);
-            left -= taken.len();
-        }
-        self.outgoing.send_item(frame.freeze()).map_err(|_| gone())?;
-        Poll::Ready(Ok(length))
     }
 }
 
@@ -132,20 +110,16 @@ impl AsyncRead for ExecStream {
 }
 
 impl AsyncWrite for ExecStream {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        self.poll_send(context, &[io::IoSlice::new(bytes)])
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.outgoing.poll_write(context, &[io::IoSlice::new(bytes)])
     }
 
     fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         context: &mut Context<'_>,
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.poll_send(context, parts)
+        self.outgoing.poll_write(context, parts)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -157,21 +131,21 @@ impl AsyncWrite for ExecStream {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.outgoing.close();
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.outgoing.finish();
         Poll::Ready(Ok(()))
     }
 }
 
-async fn send<S>(mut sink: SplitSink<S, Message>, mut leaving: mpsc::Receiver<Bytes>, half_close: bool)
+async fn send<S>(mut sink: SplitSink<S, Message>, leaving: Sender, half_close: bool)
 where
     S: Sink<Message, Error = WebSocketError>,
 {
-    while let Some(frame) = leaving.recv().await {
+    while let Some(frame) = leaving.0.next().await {
         if sink.feed(Message::Binary(frame)).await.is_err() {
             return;
         }
-        while let Ok(frame) = leaving.try_recv() {
+        while let Some(frame) = leaving.0.try_next() {
             if sink.feed(Message::Binary(frame)).await.is_err() {
                 return;
             }

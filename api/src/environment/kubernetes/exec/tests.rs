@@ -114,7 +114,7 @@ async fn a_full_direction_does_not_stop_the_other() {
     // Nobody takes this out at the other end: after a while writing waits, as it should.
     let writer = tokio::spawn(async move {
         loop {
-            writing.write_all(&[7; FRAME]).await.unwrap();
+            writing.write_all(&[7; outgoing::FRAME]).await.unwrap();
         }
     });
     for _ in 0..200 {
@@ -141,4 +141,43 @@ async fn a_frame_beyond_all_measure_is_refused() {
     let (_, result) = rest(&mut stream).await;
     assert_eq!(result.unwrap_err().kind(), io::ErrorKind::InvalidData);
     let _ = sender.await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_written_faster_than_it_is_sent_goes_as_whole_frames() {
+    let (mut stream, mut server) = pair(pending()).await;
+    let bytes: Vec<u8> = (0..200_000_u32).map(|n| u8::try_from(n % 251).unwrap()).collect();
+    let mut lengths = Vec::new();
+    let mut arrived = Vec::new();
+    // As h2 writes: four frames and their heads at a time.
+    for part in bytes.chunks(65_572) {
+        stream.write_all(part).await.unwrap();
+    }
+    stream.shutdown().await.unwrap();
+    while arrived.len() < bytes.len() {
+        let frame = next(&mut server).await;
+        let (first, payload) = frame.split_first().unwrap();
+        assert_eq!(*first, STDIN);
+        lengths.push(payload.len());
+        arrived.extend_from_slice(payload);
+    }
+    assert!(arrived == bytes, "the bytes are others");
+    let short = lengths.iter().filter(|length| **length != outgoing::FRAME).count();
+    assert!(short <= 2, "{lengths:?}");
+    assert_eq!(next(&mut server).await, [CLOSE, STDIN]);
+}
+
+#[tokio::test]
+async fn a_writer_that_waits_is_told_when_nothing_is_sent_any_more() {
+    let (mut stream, server) = pair(pending()).await;
+    let writer = tokio::spawn(async move {
+        loop {
+            if let Err(error) = stream.write_all(&[7; outgoing::FRAME]).await {
+                return error.kind();
+            }
+        }
+    });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    drop(server);
+    assert_eq!(timeout(LIMIT, writer).await.unwrap().unwrap(), io::ErrorKind::BrokenPipe);
 }
