@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, suppress, suppress
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,9 @@ def unreachable(session: Session) -> Iterator[None]:
         cut(session.server)
         yield
     finally:
-        hidden.rename(agent)
+        # The environment may have been destroyed meanwhile.
+        with suppress(FileNotFoundError):
+            hidden.rename(agent)
 
 
 @pytest.fixture

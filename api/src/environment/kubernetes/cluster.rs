@@ -1,6 +1,7 @@
 //! The API server: how it is reached, how long it may take, and what its answers mean. Does not know pods' contents.
 use std::{fmt, future::Future, time::Duration};
 
+use http::{HeaderValue, Request, header::SEC_WEBSOCKET_PROTOCOL};
 use hyper_util::{
     client::legacy::{Client as HttpClient, connect::HttpConnector},
     rt::TokioExecutor,
@@ -17,7 +18,10 @@ use kube::{
 };
 use rand::RngExt;
 use tokio::time::timeout;
-use tower::{BoxError, util::MapErr};
+use tower::{
+    BoxError,
+    util::{MapErr, MapRequest},
+};
 
 use super::KubernetesOptions;
 use crate::{
@@ -197,13 +201,22 @@ fn client(config: &Config) -> kube::Result<Client> {
     }
     let tls = config.rustls_https_connector_with_connector(tcp)?;
     let http = HttpClient::builder(TokioExecutor::new()).pool_max_idle_per_host(32).build::<_, Body>(tls);
-    let http = MapErr::new(http, BoxError::from);
+    let http = MapRequest::new(MapErr::new(http, BoxError::from), passed_through);
     let builder =
         ClientBuilder::new(http, config.default_namespace.clone()).with_layer(&config.extra_headers_layer()?);
     Ok(match config.auth_layer()? {
         Some(auth) => builder.with_layer(&auth).with_layer(&config.base_uri_layer()).build(),
         None => builder.with_layer(&config.base_uri_layer()).build(),
     })
+}
+
+/// Asks for version 4 of the exec protocol. An API server takes the bytes of version 5 apart and puts them together anew for the kubelet;
+/// those of version 4 it passes through. What version 5 adds, the end of stdin, is not needed: HTTP/2 has its own.
+fn passed_through(mut request: Request<Body>) -> Request<Body> {
+    if let Some(protocol) = request.headers_mut().get_mut(SEC_WEBSOCKET_PROTOCOL) {
+        *protocol = HeaderValue::from_static("v4.channel.k8s.io");
+    }
+    request
 }
 
 /// An error with its causes: the innermost one usually says what is the matter.
