@@ -110,9 +110,7 @@ impl Half {
         // A file cannot be waited for, and is refused here.
         Ok(Self { descriptor: spawn::watch(descriptor)?, flags })
     }
-}
 
-impl Half {
     fn poll_write_with(
         &self,
         context: &mut Context<'_>,

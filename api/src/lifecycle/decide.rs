@@ -75,9 +75,9 @@ pub fn decide(session: &Session, seen: &Seen, now: i64) -> Step {
     if session.state.is_terminal() {
         return if session.environment_id.is_some() { Step::Destroy } else { Step::Release };
     }
-    let (until, overdue) = deadline(session);
+    let (until, to, code) = deadline(session);
     if now >= until {
-        return overdue;
+        return end(to, overdue(session, code));
     }
     match (session.state, seen) {
         (State::Created, _) => Step::Provision,
@@ -98,12 +98,12 @@ pub fn next_deadline(session: &Session) -> Option<i64> {
     (!session.state.is_terminal()).then(|| deadline(session).0)
 }
 
-/// The next deadline of a session that has not ended, and what happens then.
-fn deadline(session: &Session) -> (i64, Step) {
+/// The next deadline of a session that has not ended, and how and why it ends then.
+fn deadline(session: &Session) -> (i64, State, ReasonCode) {
     let since = |at: Option<i64>| at.unwrap_or(session.updated_at);
     let idle = session.duration_ms.saturating_mul(ABANDONED_AFTER_DURATIONS);
     let abandoned = (session.active_at.saturating_add(idle), ReasonCode::Abandoned);
-    let (until, to, code) = match session.state {
+    match session.state {
         State::Ready => {
             let unused = since(session.ready_at).saturating_add(session.start_within_ms);
             let (until, code) = earlier((unused, ReasonCode::NeverStarted), abandoned);
@@ -114,20 +114,24 @@ fn deadline(session: &Session) -> (i64, Step) {
             let (until, code) = earlier((over, ReasonCode::TimeExpired), abandoned);
             (until, State::Terminated, code)
         }
-        _ => {
-            let step = session.step.min(STEPS.len() - 1);
-            let details = format!(
-                "The environment was not ready within {} seconds. It stood at step {} of {}: {}",
-                START_TIMEOUT_MS / 1000,
-                step + 1,
-                STEPS.len(),
-                STEPS.get(step).copied().unwrap_or_default()
-            );
-            let until = session.created_at.saturating_add(START_TIMEOUT_MS);
-            return (until, end(State::Failed, Reason::new(ReasonCode::StartTimeout, details)));
-        }
-    };
-    (until, end(to, code.into()))
+        _ => (session.created_at.saturating_add(START_TIMEOUT_MS), State::Failed, ReasonCode::StartTimeout),
+    }
+}
+
+/// The reason of a session whose deadline has passed; a late start says where it stood.
+fn overdue(session: &Session, code: ReasonCode) -> Reason {
+    if code != ReasonCode::StartTimeout {
+        return code.into();
+    }
+    let step = session.step.min(STEPS.len() - 1);
+    let details = format!(
+        "The environment was not ready within {} seconds. It stood at step {} of {}: {}",
+        START_TIMEOUT_MS / 1000,
+        step + 1,
+        STEPS.len(),
+        STEPS.get(step).copied().unwrap_or_default()
+    );
+    Reason::new(code, details)
 }
 
 /// The earlier of two deadlines; the first when they are equal.

@@ -161,13 +161,13 @@ impl Drop for Landing {
 
 /// Doubles with each failure, up to a limit, with jitter, so that replicas do not fall into step.
 pub(super) fn pause(failures: u32) -> Duration {
-    let factor = 2_u32.saturating_pow(failures.saturating_sub(1).min(16));
-    jitter(BACKOFF.0.saturating_mul(factor).min(BACKOFF.1))
+    pause_between(BACKOFF, failures)
 }
 
-/// A quarter more or less.
-pub(super) fn jitter(pause: Duration) -> Duration {
-    pause.mul_f64(rand::random_range(0.75..1.25))
+/// As [`pause`], with another first and longest one.
+pub(super) fn pause_between((first, longest): (Duration, Duration), failures: u32) -> Duration {
+    let factor = 2_u32.saturating_pow(failures.saturating_sub(1).min(16));
+    first.saturating_mul(factor).min(longest).mul_f64(rand::random_range(0.75..1.25))
 }
 
 #[cfg(test)]

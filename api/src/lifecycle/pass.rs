@@ -118,8 +118,8 @@ impl Lifecycle {
         if let Some(warm) = warm {
             self.tend(&warm, &observation, &mut subjects).await?;
             let named = rows.iter().filter_map(|session| session.environment_id);
-            let named = named.chain(warm.iter().map(|warm| warm.id)).collect();
-            self.sweep(&named, &observation, &mut memory.sweep, now);
+            let named = named.chain(warm.iter().map(|warm| warm.id));
+            self.sweep(named, &observation, &mut memory.sweep, now);
         }
         self.forget_pauses(&subjects);
         Ok(Duration::from_millis(next.max(1).unsigned_abs()))

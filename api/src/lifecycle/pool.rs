@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Lifecycle, Subject,
     decide::{START_TIMEOUT_MS, Seen},
-    flight::{Done, Kind, jitter},
+    flight::{Done, Kind, pause_between},
     make::{Making, Stop, Witness},
 };
 use crate::{
@@ -59,7 +59,8 @@ enum Step {
 /// What the pool is to do.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Plan {
-    steps: Vec<(WarmEnvironment, Step)>,
+    /// One for each row, in their order.
+    steps: Vec<Step>,
     /// Exams with too few.
     short: Vec<WarmExam>,
 }
@@ -75,7 +76,7 @@ fn plan(rows: &[WarmEnvironment], exams: &[WarmExam], observation: &Observation,
             let group = if row.created_at > freshest(now) { &mut fresh } else { &mut aged };
             group.entry(&row.exam_id).or_default().push(index);
         }
-        plan.steps.push((row.clone(), step));
+        plan.steps.push(step);
     }
     for exam in exams {
         let fresh = fresh.remove(exam.exam_id.as_str()).unwrap_or_default();
@@ -86,7 +87,7 @@ fn plan(rows: &[WarmEnvironment], exams: &[WarmExam], observation: &Observation,
             surplus.extend(aged.remove(exam.exam_id.as_str()).unwrap_or_default());
         }
         for index in surplus {
-            if let Some((_, step)) = plan.steps.get_mut(index) {
+            if let Some(step) = plan.steps.get_mut(index) {
                 *step = Step::End(None);
             }
         }
@@ -135,7 +136,7 @@ impl Lifecycle {
         let exams = self.store.warm_exams().await?;
         let now = self.now_ms();
         let Plan { steps, short } = plan(rows, &exams, observation, now);
-        for (row, step) in steps {
+        for (row, step) in rows.iter().zip(steps) {
             subjects.insert(Subject::Warm(row.id));
             self.attend(row, step);
         }
@@ -154,7 +155,7 @@ impl Lifecycle {
         Ok(())
     }
 
-    fn attend(self: &Arc<Self>, row: WarmEnvironment, step: Step) {
+    fn attend(self: &Arc<Self>, row: &WarmEnvironment, step: Step) {
         let subject = Subject::Warm(row.id);
         let kind = match step {
             Step::Rest => return self.rest(subject, false),
@@ -164,7 +165,7 @@ impl Lifecycle {
             Step::Destroy => Kind::Destroy,
         };
         let span = tracing::info_span!("warm", environment_id = %row.id, exam_id = row.exam_id);
-        let this = Arc::clone(self);
+        let (this, row) = (Arc::clone(self), row.clone());
         self.take_off(subject, kind, span, |cancel| async move {
             let done = match step {
                 Step::Rest => Ok(Done::Yes),
@@ -230,8 +231,7 @@ impl Lifecycle {
         };
         let mut all = self.failing();
         let failures = all.get(&row.exam_id).map_or(0, |failing| failing.failures).saturating_add(1);
-        let pause =
-            jitter(FAILING.0.saturating_mul(2_u32.saturating_pow(failures.min(16) - 1)).min(FAILING.1));
+        let pause = pause_between(FAILING, failures);
         let failing = Failing { failures, until: Instant::now() + pause, at: self.now_ms() };
         all.insert(row.exam_id.clone(), failing);
         tracing::warn!(
@@ -297,7 +297,7 @@ mod tests {
     /// The steps in the order of the rows, and how many exams are short.
     fn of(rows: &[WarmEnvironment], warm: usize, look: &Observation) -> (Vec<Step>, usize) {
         let plan = plan(rows, &exams(warm), look, NOW);
-        (plan.steps.into_iter().map(|(_, step)| step).collect(), plan.short.len())
+        (plan.steps, plan.short.len())
     }
 
     #[test]

@@ -23,7 +23,7 @@ impl Lifecycle {
     /// Ends environments that are not `named` by any row, and removes what has expired, if it is time to.
     pub(super) fn sweep(
         self: &Arc<Self>,
-        named: &HashSet<EnvironmentId>,
+        named: impl Iterator<Item = EnvironmentId>,
         observation: &Observation,
         last: &mut Swept,
         now: i64,
@@ -32,6 +32,7 @@ impl Lifecycle {
             return;
         }
         last.at = Some(Instant::now());
+        let named: HashSet<_> = named.collect();
         let orphans = observation.environments.iter().filter(|(id, _)| !named.contains(id));
         let orphans: Vec<_> = orphans.map(|(id, observed)| (*id, observed.created_at)).collect();
         for (id, created_at) in &orphans {
