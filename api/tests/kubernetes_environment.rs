@@ -16,14 +16,14 @@ use std::time::Duration;
 use carrel_agent::wire::ProcessSpec;
 use carrel_api::{
     environment::{
-        Create, Environment, EnvironmentError, Observation, Observed, Phase,
+        Create, Environment, EnvironmentError, Observation, Phase,
         link::{Exit, exit},
     },
     exam::{EnvironmentSpec, Network},
     identity::EnvironmentId,
     reason::{Reason, ReasonCode},
 };
-use conformance::{Backend, Room, create_request, seen};
+use conformance::{Backend, READY, Room, create_request, has_failed, seen, seen_up, seen_within};
 use pods::{LIMIT, MuteRegistry, Pods, Weather, skip};
 use tokio::time::{Instant, timeout};
 
@@ -63,8 +63,7 @@ async fn failure(backend: &Pods, spec: EnvironmentSpec) -> (EnvironmentId, Reaso
 }
 
 async fn reason(backend: &Pods, id: EnvironmentId) -> Reason {
-    let failed = |one: Option<&Observed>| one.is_some_and(|one| matches!(one.phase, Phase::Failed(_)));
-    match seen(backend, id, failed).await.unwrap().phase {
+    match seen(backend, id, has_failed).await.unwrap().phase {
         Phase::Failed(reason) => reason,
         other => panic!("{other:?}"),
     }
@@ -255,9 +254,14 @@ async fn an_agent_that_does_not_arrive_is_told() {
 async fn its_own_deadline_ends_it_when_nobody_else_does() {
     let Some(backend) = Pods::open().await else { return };
     let request = Create { lifetime_seconds: 6, ..create_request(EnvironmentSpec::default()) };
+    let id = request.environment_id;
     backend.environment().create(&request).await.unwrap();
-    seen(&backend, request.environment_id, |one| one.is_some_and(|one| one.phase == Phase::Up)).await;
-    assert_eq!(reason(&backend, request.environment_id).await.code, ReasonCode::TimeExpired);
+    // Whether or not it is up by then.
+    let ended = seen_within(READY, &backend, id, has_failed).await.unwrap();
+    assert!(
+        matches!(&ended.phase, Phase::Failed(reason) if reason.code == ReasonCode::TimeExpired),
+        "{ended:?}"
+    );
     backend.close().await;
 }
 
@@ -295,9 +299,7 @@ async fn too_much_storage_is_an_eviction_that_is_told() {
         Room::open(&backend, EnvironmentSpec { storage: Some(16 << 20), ..EnvironmentSpec::default() }).await;
     let _ = room.run("head -c 64M /dev/zero > ~/large; exec sleep 1").await;
     // kubelet measures a pod's files now and then.
-    let failed = |now: &Observation| {
-        now.environments.get(&room.id).is_some_and(|one| matches!(one.phase, Phase::Failed(_)))
-    };
+    let failed = |now: &Observation| has_failed(now.environments.get(&room.id));
     observed(&backend, Duration::from_secs(120), failed).await;
     let reason = reason(&backend, room.id).await;
     assert_eq!(reason.code, ReasonCode::EnvironmentLost);
@@ -313,7 +315,7 @@ async fn a_cut_connection_is_told_at_once_and_nothing_is_lost_by_it() {
     let Some(backend) = Pods::open().await else { return };
     let room = Room::usual(&backend).await;
     let pid = room.text("setsid sleep 1000 </dev/null >/dev/null 2>&1 & echo $!").await;
-    seen(&backend, room.id, |one| one.is_some_and(|one| one.phase == Phase::Up)).await;
+    seen_up(&backend, room.id).await;
     let mut process = room.start("echo up; exec sleep 1000").await;
     process.stdout.read().await.unwrap();
     backend.way.set(Weather::Cut);

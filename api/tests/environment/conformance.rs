@@ -16,7 +16,7 @@ use carrel_api::{
 use tokio::time::{Instant, timeout};
 
 /// How long an environment may take to be ready here: an exam's candidates get 60 s.
-const READY: Duration = Duration::from_secs(60);
+pub const READY: Duration = Duration::from_secs(60);
 /// Nothing is left within this: what resists is killed.
 const GONE: Duration = Duration::from_secs(60);
 /// A failure is visible within this.
@@ -174,14 +174,28 @@ impl Room {
     }
 }
 
-/// Waits until an environment is seen as wanted.
+/// Waits until an environment is seen as wanted, which is for what has happened to it.
 pub async fn seen(
     backend: &dyn Backend,
     id: EnvironmentId,
     wanted: impl Fn(Option<&Observed>) -> bool,
 ) -> Option<Observed> {
+    seen_within(VISIBLE, backend, id, wanted).await
+}
+
+/// Waits until a new environment, which starts as slowly as the machine is busy, is seen as up.
+pub async fn seen_up(backend: &dyn Backend, id: EnvironmentId) -> Observed {
+    seen_within(READY, backend, id, is_up).await.unwrap()
+}
+
+pub async fn seen_within(
+    limit: Duration,
+    backend: &dyn Backend,
+    id: EnvironmentId,
+    wanted: impl Fn(Option<&Observed>) -> bool,
+) -> Option<Observed> {
     let mut observation = backend.environment().observe();
-    let result = timeout(VISIBLE, async {
+    let result = timeout(limit, async {
         loop {
             {
                 let now = observation.borrow_and_update();
@@ -193,16 +207,15 @@ pub async fn seen(
         }
     })
     .await;
-    result.unwrap_or_else(|_| {
-        panic!("seen after {VISIBLE:?}: {:?}", observation.borrow().environments.get(&id))
-    })
+    result
+        .unwrap_or_else(|_| panic!("seen after {limit:?}: {:?}", observation.borrow().environments.get(&id)))
 }
 
 fn is_up(observed: Option<&Observed>) -> bool {
     observed.is_some_and(|observed| observed.phase == Phase::Up)
 }
 
-fn has_failed(observed: Option<&Observed>) -> bool {
+pub fn has_failed(observed: Option<&Observed>) -> bool {
     observed.is_some_and(|observed| matches!(observed.phase, Phase::Failed(_)))
 }
 
@@ -218,7 +231,7 @@ pub async fn creating_twice_is_one_environment(backend: &mut impl Backend) {
     environment.create(&request).await.unwrap();
     // Past the shared connection: another one would lead to the second environment, if there were one.
     assert_eq!(room.again(backend).text("cat ~/file").await, "mine");
-    seen(backend, room.id, is_up).await;
+    seen_up(backend, room.id).await;
     let observed = environment.inspect(room.id).await.unwrap().unwrap();
     assert_eq!((observed.phase, observed.owner), (Phase::Up, request.owner.map(|(_, session)| session)));
     assert_eq!(environment.observe().borrow().environments.len(), 1);
@@ -241,7 +254,7 @@ pub async fn one_without_an_owner_is_given_one(backend: &mut impl Backend) {
     let request = Create { owner: None, ..create_request(EnvironmentSpec::default()) };
     let environment = backend.environment();
     environment.create(&request).await.unwrap();
-    assert_eq!(seen(backend, request.environment_id, is_up).await.unwrap().owner, None);
+    assert_eq!(seen_up(backend, request.environment_id).await.owner, None);
     let owner = (UserId::new(), SessionId::new());
     environment.adopt(request.environment_id, owner).await.unwrap();
     environment.adopt(request.environment_id, owner).await.unwrap();
@@ -498,7 +511,7 @@ pub async fn nothing_of_the_server_is_visible(backend: &mut impl Backend) {
 pub async fn a_restarted_server_finds_it_again(backend: &mut impl Backend) {
     let room = Room::usual(backend).await;
     let pid = room.text("echo kept > ~/file; setsid sleep 1000 </dev/null >/dev/null 2>&1 & echo $!").await;
-    let before = seen(backend, room.id, is_up).await.unwrap();
+    let before = seen_up(backend, room.id).await;
     let id = room.id;
     drop(room);
     backend.restart().await;
@@ -533,7 +546,7 @@ pub async fn a_killed_environment_is_seen_as_failed(backend: &mut impl Backend) 
     let room = Room::usual(backend).await;
     let mut process = room.start("echo up; exec sleep 1000").await;
     process.stdout.read().await.unwrap();
-    seen(backend, room.id, is_up).await;
+    seen_up(backend, room.id).await;
     backend.kill(room.id).await;
     seen(backend, room.id, has_failed).await;
     assert!(matches!(process.stdout.read().await, Ok(None) | Err(_)));
