@@ -5,4 +5,5 @@
 #![forbid(unsafe_code)]
 
 pub mod flow;
+pub mod packed;
 pub mod wire;

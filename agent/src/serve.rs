@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use carrel_agent::{flow, wire::ENV_PREFIX};
+use carrel_agent::{flow, packed::Packed, wire::ENV_PREFIX};
 use h2::{Ping, PingPong};
 use rustix::process::{DumpableBehavior, Pid, Resource, Rlimit};
 use tokio::{
@@ -115,7 +115,7 @@ pub fn run(options: Serve) -> io::Result<()> {
             let agent = Arc::clone(&agent);
             let serve = move |peer| {
                 let agent = Arc::clone(&agent);
-                handoff::serve(peer, |io| connection(agent, io))
+                handoff::serve(peer, |io| connection(agent, Packed::new(io)))
             };
             tokio::spawn(accept(UnixListener::from_std(listener)?, slots, serve));
         }

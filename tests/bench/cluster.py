@@ -10,7 +10,9 @@ import itertools
 import json
 import os
 import pathlib
+import random
 import ssl
+import statistics
 import subprocess
 import sys
 import time
@@ -23,18 +25,20 @@ import websockets
 import yaml
 
 from measures import (
-    CARREL, ROOT, Aim, Comparison, Cut, Server, carrel_server, check_ms, connections_a_second, down, ended, free_port, print_table,
+    CARREL, MIB, ROOT, Aim, Comparison, Cut, Server, carrel_server, check_ms, connections_a_second, down, ended, free_port, print_table,
     sshd, up, wait_for_port, workplace,
 )
 
 PEER, OURS = "sshd+kubectl", "carrel"
-TRUE, ECHO, DOWN, UP = "ssh true, ms", "echo p50, ms", "down, MB/s", "up, MB/s"
+TRUE, ECHO = "ssh true, ms", "echo p50, ms"
+DOWN, UP = "down, {}, MB/s", "up, {}, MB/s"
+KINDS = ("zeros", "listing", "noise")
 COLD, WARM, MANY = "create to ready, cold, s", "create to ready, warm, s", "create to ready, {} at once, s"
 AIMS = {
     TRUE: Aim(0.16),
     ECHO: Aim(0.9),
-    DOWN: Aim(2.2, at_least=True),
-    UP: Aim(2.1, at_least=True),
+    **{DOWN.format(kind): Aim(2.2, at_least=True) for kind in KINDS},
+    **{UP.format(kind): Aim(2.1, at_least=True) for kind in KINDS},
     COLD: Aim(0.85),
     WARM: Aim(0.1, ratio=False),
     MANY.format(50): Aim(1.1),
@@ -125,12 +129,15 @@ class Watch:
             raise SystemExit(f"not within {within} s: {what}") from None
 
 
-def bare_pod(like: dict[str, Any], name: str) -> dict[str, Any]:
-    """A pod with the session container of one of carrel's, its image, limits and security; without the agent and what that needs."""
+def bare_pod(like: dict[str, Any], name: str, volumes: bool = True) -> dict[str, Any]:
+    """A pod with the session container of one of carrel's, its image, limits, security and volumes; without the agent."""
     session = next(one for one in like["spec"]["containers"] if one["name"] == "session")
-    kept = ("image", "imagePullPolicy", "resources", "securityContext")
-    spec = ("activeDeadlineSeconds", "automountServiceAccountToken", "dnsConfig", "dnsPolicy", "enableServiceLinks", "hostname",
-            "restartPolicy", "securityContext", "terminationGracePeriodSeconds", "tolerations")
+    kept = ["image", "imagePullPolicy", "resources", "securityContext"]
+    spec = ["activeDeadlineSeconds", "automountServiceAccountToken", "dnsConfig", "dnsPolicy", "enableServiceLinks", "hostname",
+            "restartPolicy", "securityContext", "terminationGracePeriodSeconds", "tolerations"]
+    if volumes:
+        kept.append("volumeMounts")
+        spec.append("volumes")
     container = {"name": "session", "command": ["sleep", "infinity"]} | {key: session[key] for key in kept if key in session}
     key, value = BARE.split("=")
     return {
@@ -141,13 +148,13 @@ def bare_pod(like: dict[str, Any], name: str) -> dict[str, Any]:
     }
 
 
-async def bare_pods(cluster: Cluster, like: dict[str, Any], count: int) -> float:
+async def bare_pods(cluster: Cluster, like: dict[str, Any], count: int, volumes: bool = True) -> float:
     """Creates so many at once; seconds until the API has shown all of them as running. They are gone when this returns."""
     names = [f"bare-{uuid.uuid4().hex[:12]}" for _ in range(count)]
     async with cluster.client() as api, Watch(api, cluster.pods, BARE).open() as watch:
         try:
             start = time.perf_counter()
-            for answer in await asyncio.gather(*(api.post(cluster.pods, json=bare_pod(like, name)) for name in names)):
+            for answer in await asyncio.gather(*(api.post(cluster.pods, json=bare_pod(like, name, volumes)) for name in names)):
                 answer.raise_for_status()
             await watch.until(f"{count} bare pods running", lambda: all(name in watch.running for name in names))
             return max(watch.running[name] for name in names) - start
@@ -305,11 +312,34 @@ def sshd_with_kubectl(work: pathlib.Path, key: pathlib.Path, namespace: str, kub
 # --- the run -----------------------------------------------------------------------------------------------------
 
 
-def whole(transfer: Callable[[Server, int], float], server: Server, size: int, notes: list[str]) -> float:
+def data(kind: str) -> bytes:
+    """A MiB of something: the link to the agent compresses what shrinks."""
+    match kind:
+        case "zeros":
+            return bytes(MIB)
+        case "listing":
+            told = subprocess.run(["ls", "-lR", "/usr/lib", "/usr/share"], stdout=subprocess.PIPE, check=True).stdout
+            return (told * (1 + MIB // len(told)))[:MIB]
+        case _:
+            return random.Random(1).randbytes(MIB)
+
+
+def bulk(compared: Comparison, times: int, size: int, notes: list[str]) -> None:
+    """Both directions with each kind of data."""
+    for kind in KINDS:
+        block, path = data(kind), f"/tmp/{kind}"
+        for server in compared.servers:
+            subprocess.run(server.ssh(f"cat > {path}"), input=block, check=True)
+        command = f"cat $(yes {path} | head -n {size // MIB})"
+        compared.interleaved(DOWN.format(kind), times, lambda server: whole(lambda: down(server, size, command), server, notes))
+        compared.interleaved(UP.format(kind), times, lambda server: whole(lambda: up(server, size, block), server, notes))
+
+
+def whole(transfer: Callable[[], float], server: Server, notes: list[str]) -> float:
     """A transfer that was complete. `kubectl exec` cuts some at their end: those of the peer are noted and tried again."""
     for _ in range(5):
         try:
-            return transfer(server, size)
+            return transfer()
         except Cut as cut:
             if server.name == OURS:
                 raise
@@ -320,7 +350,7 @@ def whole(transfer: Callable[[Server, int], float], server: Server, size: int, n
 def measure(compared: Comparison, cluster: Cluster, carrel: Carrel, like: dict[str, Any], quick: bool, parts: set[str]) -> list[str]:
     """Fills the table; returns what there is to say below it."""
     notes: list[str] = []
-    rounds, size = (5, 50_000_000) if quick else (40, 200_000_000)
+    rounds, size = (5, 50 * MIB) if quick else (40, 100 * MIB)
 
     waits = {server.name: itertools.count(1) for server in compared.servers}
 
@@ -340,13 +370,18 @@ def measure(compared: Comparison, cluster: Cluster, carrel: Carrel, like: dict[s
     if "echo" in parts:
         compared.echo(2 if quick else 10)
     if "bulk" in parts:
-        compared.interleaved(DOWN, 1 if quick else 5, lambda server: whole(down, server, size, notes))
-        compared.interleaved(UP, 1 if quick else 5, lambda server: whole(up, server, size, notes))
+        bulk(compared, 1 if quick else 5, size, notes)
     if "grader" in parts:
         checks = 10 if quick else 86
         compared.interleaved(f"{checks} logins with a check each, s", checks, lambda server: check_ms(server, A_CHECK) / 1000, sum)
     if "cold" in parts:
-        compared.interleaved(COLD, 3 if quick else 15, lambda server: starts(server, 1))
+        times = 3 if quick else 15
+        compared.interleaved(COLD, times, lambda server: starts(server, 1))
+        bare = []
+        for turn in range(times):
+            time.sleep((turn + 1) * 0.618 % 1)
+            bare.append(asyncio.run(bare_pods(cluster, like, 1, volumes=False)))
+        notes.append(f"a bare pod without volumes, cold: {statistics.median(bare):.2f} s")
     if "warm" in parts:
         values = asyncio.run(carrel.warm_starts(cluster, 2 if quick else 10))
         if values:

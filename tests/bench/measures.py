@@ -225,9 +225,10 @@ def keystrokes(client: subprocess.Popen[bytes], count: int) -> list[float]:
     return times
 
 
-def down(server: Server, size: int) -> float:
+def down(server: Server, size: int, command: str = "head -c {size} /dev/zero") -> float:
+    """MB/s of what the command writes, which must be `size` bytes."""
     start = time.perf_counter()
-    client = subprocess.Popen(server.ssh(f"head -c {size} /dev/zero"), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    client = subprocess.Popen(server.ssh(command.format(size=size)), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     got = 0
     while chunk := client.stdout.read1(MIB):
         got += len(chunk)
@@ -236,10 +237,11 @@ def down(server: Server, size: int) -> float:
     return size / (time.perf_counter() - start) / 1e6
 
 
-def up(server: Server, size: int) -> float:
+def up(server: Server, size: int, block: bytes = bytes(MIB)) -> float:
+    """MB/s of a block that is sent again and again until `size` bytes are there."""
     start = time.perf_counter()
     client = subprocess.Popen(server.ssh("wc -c"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    block, left = bytes(MIB), size
+    left = size
     with contextlib.suppress(BrokenPipeError):
         while left:
             left -= client.stdin.write(block[:left])

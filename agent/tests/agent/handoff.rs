@@ -4,7 +4,7 @@ use std::{
     process::Stdio,
 };
 
-use carrel_agent::flow;
+use carrel_agent::{flow, packed::Packed};
 use http::{HeaderMap, Method};
 use tokio::{io::join, net::UnixStream, time::timeout};
 
@@ -26,7 +26,7 @@ fn connect(agent: &Agent) -> tokio::process::Child {
 async fn http2_passes_over_the_pipes_of_connect_which_ends_with_them() {
     let agent = Agent::start().await;
     let mut child = connect(&agent);
-    let io = join(child.stdout.take().unwrap(), child.stdin.take().unwrap());
+    let io = Packed::new(join(child.stdout.take().unwrap(), child.stdin.take().unwrap()));
     let (requests, connection) = flow::client(io).await.unwrap();
     let connection = tokio::spawn(connection);
     let mut stream = open(requests, Method::GET, "/v1/health", HeaderMap::new()).await.unwrap();
@@ -42,7 +42,7 @@ async fn http2_passes_over_the_pipes_of_connect_which_ends_with_them() {
 async fn when_connect_is_killed_its_connection_is_lost() {
     let agent = Agent::start().await;
     let mut child = connect(&agent);
-    let io = join(child.stdout.take().unwrap(), child.stdin.take().unwrap());
+    let io = Packed::new(join(child.stdout.take().unwrap(), child.stdin.take().unwrap()));
     let (requests, connection) = flow::client(io).await.unwrap();
     let connection = tokio::spawn(connection);
     let mut stream = open(requests, Method::GET, "/v1/health", HeaderMap::new()).await.unwrap();

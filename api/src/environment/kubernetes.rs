@@ -22,6 +22,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use carrel_agent::packed::Packed;
 use k8s_openapi::api::{core::v1::Pod, networking::v1::NetworkPolicy};
 use kube::{
     Resource as _,
@@ -268,8 +269,8 @@ impl Inner {
                 .map_err(|error| internal(error.to_string()))?;
             match self.cluster.client.connect(request).await {
                 Ok(connection) => {
-                    let half_close = connection.supports_stream_close();
-                    return Ok(Box::new(ExecStream::new(connection.into_stream(), half_close, end, tasks)));
+                    let stream = ExecStream::new(connection.into_stream(), end, tasks);
+                    return Ok(Box::new(Packed::new(stream)));
                 }
                 // An answer, while it starts mostly "not yet": the caller knows when to ask again.
                 Err(kube::Error::Api(status)) if status.code == 404 => {

@@ -33,8 +33,6 @@ const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
 const STDERR: u8 = 2;
 const ERROR: u8 = 3;
-/// Version 5 of the protocol: the stream named in the next byte has ended.
-const CLOSE: u8 = 255;
 
 /// Frames that wait to be read. kubelet's have 32 KiB at most.
 const INCOMING: usize = 16;
@@ -53,11 +51,10 @@ pub(super) struct ExecStream {
 }
 
 impl ExecStream {
-    /// Takes over an open WebSocket. `half_close`: the other side knows the end of stdin. `end` resolves with the reason when
-    /// the environment is no more: the connection alone may stay open, and frozen, for as long as it likes.
+    /// Takes over an open WebSocket. `end` resolves with the reason when the environment is no more: the connection alone may stay
+    /// open, and frozen, for as long as it likes.
     pub(super) fn new<S>(
         socket: S,
-        half_close: bool,
         end: impl Future<Output = String> + Send + 'static,
         tasks: &TaskTracker,
     ) -> Self
@@ -71,7 +68,7 @@ impl ExecStream {
         let (arrived, incoming) = mpsc::channel(INCOMING);
         let outgoing = Arc::new(Outgoing::default());
         let reader = tasks.spawn(receive(source, arrived, end));
-        let writer = tasks.spawn(send(sink, Sender(Arc::clone(&outgoing)), half_close));
+        let writer = tasks.spawn(send(sink, Sender(Arc::clone(&outgoing))));
         Self {
             incoming,
             current: Bytes::new(),
@@ -137,7 +134,7 @@ impl AsyncWrite for ExecStream {
     }
 }
 
-async fn send<S>(mut sink: SplitSink<S, Message>, leaving: Sender, half_close: bool)
+async fn send<S>(mut sink: SplitSink<S, Message>, leaving: Sender)
 where
     S: Sink<Message, Error = WebSocketError>,
 {
@@ -155,9 +152,7 @@ where
             return;
         }
     }
-    let last =
-        if half_close { Message::Binary(Bytes::from_static(&[CLOSE, STDIN])) } else { Message::Close(None) };
-    let _ = sink.send(last).await;
+    let _ = sink.send(Message::Close(None)).await;
 }
 
 async fn receive<S>(
