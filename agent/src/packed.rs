@@ -22,7 +22,10 @@ use std::{
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use lz4_flex::block;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
+    task::coop,
+};
 
 #[cfg(test)]
 mod tests;
@@ -274,8 +277,13 @@ impl<T: AsyncRead + Unpin> AsyncRead for Packed<T> {
             if buffer.remaining() == 0 || reading.take(buffer) {
                 return Poll::Ready(Ok(()));
             }
-            if reading.announced == 0 && reading.next()? {
-                continue;
+            if reading.announced == 0 {
+                // A few bytes can be many blocks' worth of work: other tasks get their turn in between.
+                let turn = ready!(coop::poll_proceed(context));
+                if reading.next()? {
+                    turn.made_progress();
+                    continue;
+                }
             }
             if reading.arrived.is_empty() && reading.arrived.capacity() > reading.wanted.saturating_mul(2) {
                 reading.arrived = BytesMut::new();

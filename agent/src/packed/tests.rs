@@ -197,3 +197,29 @@ async fn a_stream_that_has_become_quiet_keeps_no_large_buffer() {
     assert!(far.reading.arrived.capacity() <= 4 * READ.0, "{}", far.reading.arrived.capacity());
     assert!(near.writing.ready.is_empty());
 }
+
+#[tokio::test]
+async fn others_get_their_turn_while_much_is_unpacked() {
+    let zeros = vec![0; BLOCK];
+    let bytes = wire(&[zeros.as_slice(); 2000]).await;
+    assert!(bytes.len() < 2 << 20, "{}", bytes.len());
+    let mut turns = 0;
+    let others = async {
+        loop {
+            turns += 1;
+            tokio::task::yield_now().await;
+        }
+    };
+    let all = async {
+        let mut packed = Packed::new(bytes.as_slice());
+        let mut buffer = vec![0; BLOCK];
+        for _ in 0..2000 {
+            packed.read_exact(&mut buffer).await.unwrap();
+        }
+    };
+    tokio::select! {
+        () = others => {}
+        () = all => {}
+    }
+    assert!(turns >= 10, "{turns}");
+}
