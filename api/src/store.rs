@@ -208,6 +208,14 @@ impl Write<'_> {
     async fn rollback(self) -> Result<(), StoreError> {
         Ok(self.sql.rollback().await?)
     }
+
+    /// Keeps what was written, or nothing of it when something went wrong.
+    async fn end<T>(self, result: Result<T, StoreError>) -> Result<T, StoreError> {
+        match result {
+            Ok(value) => self.commit().await.map(|()| value),
+            Err(error) => self.rollback().await.and(Err(error)),
+        }
+    }
 }
 
 /// The file of a SQLite URL; `None` for PostgreSQL.

@@ -209,7 +209,14 @@ def test_fifty_sessions_at_once_are_ready_in_a_minute_and_none_sees_another(clus
                 return now["lifecycle_state"] == "ready"
 
             wait_until(f"{SESSIONS} sessions are ready", lambda: not waited_for(), READY_WITHIN + 10, every=0.5)
-    pods = {item["metadata"]["labels"].get("carrel.dev/session"): item for item in server.namespace.pods().values()}
+    pods: dict[str, Any] = {}
+
+    def all_shown() -> bool:
+        """A session is ready a moment before the API shows its containers as running."""
+        pods.update((item["metadata"]["labels"].get("carrel.dev/session"), item) for item in server.namespace.pods().values())
+        return all("running" in one["state"] for id in created for one in pods[id]["status"].get("containerStatuses", [{"state": {}}]))
+
+    wait_until("the API shows all containers as running", all_shown, within=30)
     taken = {session.id: at(session.get()["ready_at"]) - created[session.id] for session in sessions}
     ran = [max(at(one["state"]["running"]["startedAt"]) for one in pods[id]["status"]["containerStatuses"]) - created[id] for id in taken]
     median = statistics.median(alone)

@@ -374,16 +374,8 @@ impl Store {
     ) -> Result<Session, StoreError> {
         self.bounded(async {
             let mut write = self.write().await?;
-            match transition(&mut write, current, change, actor, None).await {
-                Ok(changed) => {
-                    write.commit().await?;
-                    Ok(changed)
-                }
-                Err(error) => {
-                    write.rollback().await?;
-                    Err(error)
-                }
-            }
+            let changed = transition(&mut write, current, change, actor, None).await;
+            write.end(changed).await
         })
         .await
     }

@@ -130,17 +130,9 @@ impl Store {
                 ..Transition::to(State::Initializing)
             };
             let remark = claimed.map(|_| "kept warm");
-            match transition(&mut write, current, change, &Actor::System, remark).await {
-                Ok(session) => {
-                    write.commit().await?;
-                    Ok(Begun { session, warm: claimed.is_some() })
-                }
-                Err(error) => {
-                    // The claim with it.
-                    write.rollback().await?;
-                    Err(error)
-                }
-            }
+            let session = transition(&mut write, current, change, &Actor::System, remark).await;
+            // Without the session's change there is no claim either.
+            write.end(session.map(|session| Begun { session, warm: claimed.is_some() })).await
         })
         .await
     }

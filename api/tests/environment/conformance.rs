@@ -279,10 +279,11 @@ pub async fn every_exit_status_comes_back_exactly(backend: &mut impl Backend) {
 
 pub async fn bytes_come_back_unchanged_and_apart(backend: &mut impl Backend) {
     let room = Room::usual(backend).await;
-    let bytes: Bytes = (0..8_000_000u32)
-        .flat_map(|n| (n.wrapping_mul(2_654_435_761) >> 24).to_le_bytes().into_iter().take(1))
-        .collect::<Vec<u8>>()
-        .into();
+    // What shrinks and what does not, in runs of all lengths: a link may compress.
+    let noise =
+        (0..4_000_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes().into_iter().take(1));
+    let mixed = (0..40_000usize).flat_map(|n| format!("{n} {}\n", "ab".repeat(n % 97)).into_bytes());
+    let bytes: Bytes = noise.chain(vec![0; 1_000_000]).chain(mixed).collect::<Vec<u8>>().into();
     let done = room.run_with("cat", bytes.clone()).await;
     assert_eq!(done.exit, Exit::Code(0));
     assert!(done.out == bytes, "{} of {} bytes came back, or others", done.out.len(), bytes.len());
