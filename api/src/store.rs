@@ -8,7 +8,7 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use sqlx::{
@@ -41,6 +41,9 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(8);
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(120);
 /// Connections of one replica to PostgreSQL, whose default is 100 for everybody.
 const POSTGRES_CONNECTIONS: u32 = 16;
+/// Longest wait for the right to make a new SQLite file a write-ahead one, below [`ACQUIRE_TIMEOUT`]; and between two attempts.
+const SQLITE_LOCK_TIMEOUT: Duration = Duration::from_secs(4);
+const SQLITE_LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// Connections to SQLite: readers; writers take turns.
 const SQLITE_CONNECTIONS: u32 = 6;
 
@@ -71,9 +74,7 @@ impl Dialect {
     /// What every connection is told first.
     const fn settings(self) -> &'static str {
         match self {
-            Self::Sqlite => {
-                "pragma busy_timeout = 5000; pragma journal_mode = wal; pragma synchronous = full; pragma foreign_keys = on"
-            }
+            Self::Sqlite => "pragma busy_timeout = 5000; pragma synchronous = full; pragma foreign_keys = on",
             Self::Postgres => {
                 "set statement_timeout = 5000; set lock_timeout = 4000; set idle_in_transaction_session_timeout = 15000"
             }
@@ -133,6 +134,9 @@ impl Store {
         let connect = async {
             let mut connection = AnyConnection::connect_with(&options).await?;
             sqlx::raw_sql(dialect.settings()).execute(&mut connection).await?;
+            if dialect == Dialect::Sqlite {
+                write_ahead(&mut connection).await?;
+            }
             Ok::<_, StoreError>(connection)
         };
         let mut connection = tokio::time::timeout(ACQUIRE_TIMEOUT, connect)
@@ -214,6 +218,24 @@ impl Write<'_> {
         match result {
             Ok(value) => self.commit().await.map(|()| value),
             Err(error) => self.rollback().await.and(Err(error)),
+        }
+    }
+}
+
+/// Lets readers go on while somebody writes; the file keeps this. Several processes may open a new file at once, and for
+/// this one change SQLite asks for the lock once only, whatever its `busy_timeout`: who does not get it asks again.
+async fn write_ahead(connection: &mut AnyConnection) -> Result<(), StoreError> {
+    let until = Instant::now() + SQLITE_LOCK_TIMEOUT;
+    loop {
+        match sqlx::raw_sql("pragma journal_mode = wal")
+            .execute(&mut *connection)
+            .await
+            .map_err(StoreError::from)
+        {
+            Err(StoreError::Unavailable(error::LOCKED)) if Instant::now() < until => {
+                tokio::time::sleep(SQLITE_LOCK_PAUSE).await
+            }
+            result => return result.map(drop),
         }
     }
 }

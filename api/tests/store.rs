@@ -689,6 +689,28 @@ async fn a_sqlite_file_may_have_any_name_and_is_its_owners_only() {
 }
 
 #[tokio::test]
+async fn a_new_sqlite_file_that_another_process_is_making_is_waited_for() {
+    let made = async || {
+        let database = Database::sqlite().await;
+        std::fs::File::create(database.url.strip_prefix("sqlite:").unwrap()).unwrap();
+        let mut other = database.connect().await;
+        raw(&mut other, "begin immediate").await.unwrap();
+        (database, other)
+    };
+    let (database, mut other) = made().await;
+    let url = database.url.clone();
+    let opening = tokio::spawn(async move { Store::open(&url).await });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!opening.is_finished(), "{:?}", opening.await);
+    raw(&mut other, "rollback").await.unwrap();
+    created(&opening.await.unwrap().unwrap()).await;
+
+    let (database, _other) = made().await;
+    let error = Store::open(&database.url).await.unwrap_err();
+    assert!(error.to_string().contains("locked by another process"), "{error}");
+}
+
+#[tokio::test]
 async fn a_sqlite_file_that_somebody_else_locks_is_unavailable_in_time() {
     let database = Database::sqlite().await;
     let store = Store::open(&database.url).await.unwrap();

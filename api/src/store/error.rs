@@ -5,6 +5,9 @@ use sqlx::error::ErrorKind;
 
 use crate::{identity::SessionId, session::State};
 
+/// What [`StoreError::Unavailable`] says of a SQLite file whose lock somebody else holds.
+pub(super) const LOCKED: &str = "it is locked by another process";
+
 /// Why the store did not do as asked. No message carries a value of a query.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
@@ -99,7 +102,7 @@ fn from_code(code: &str) -> StoreError {
         // SQLite: the low byte is the primary code.
         number if number.len() < 5 && number.parse::<u32>().is_ok() => {
             match number.parse::<u32>().unwrap_or_default() & 0xff {
-                5 | 6 => StoreError::Unavailable("it is locked by another process"),
+                5 | 6 => StoreError::Unavailable(LOCKED),
                 10 => StoreError::Unavailable("reading or writing its file failed"),
                 13 => StoreError::Unavailable("there is no room on its disk"),
                 14 => StoreError::Url(
