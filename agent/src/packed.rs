@@ -93,6 +93,15 @@ fn head(size: usize, stored: usize) -> [u8; HEAD] {
     [a, b, c, d, e, f]
 }
 
+/// The first `size` bytes of `parts`, or all of them.
+fn cut<'a>(parts: &'a [IoSlice<'_>], size: usize) -> impl Iterator<Item = &'a [u8]> {
+    parts.iter().scan(size, |room, part| {
+        let part: &[u8] = part.get(..*room).unwrap_or(part);
+        *room = room.saturating_sub(part.len());
+        Some(part)
+    })
+}
+
 impl Writing {
     /// Takes up to a block of `parts` if it shrinks, and says how much that was.
     fn pack(&mut self, parts: &[IoSlice<'_>], size: usize) -> Option<usize> {
@@ -104,9 +113,7 @@ impl Writing {
             return None;
         }
         let mut block = Vec::with_capacity(size);
-        for part in parts {
-            block.extend(part.iter().take(size.saturating_sub(block.len())));
-        }
+        cut(parts, size).for_each(|part| block.extend_from_slice(part));
         let mut packed = vec![0; HEAD.saturating_add(block::get_maximum_output_size(size))];
         let (space_for_head, space) = packed.split_at_mut_checked(HEAD)?;
         let stored = block::compress_into(&block, space).ok()?;
@@ -144,12 +151,7 @@ impl<T: AsyncWrite + Unpin> Packed<T> {
         loop {
             let mut slices = Vec::with_capacity(parts.len().saturating_add(1));
             slices.push(IoSlice::new(&self.writing.ready));
-            let mut room = self.writing.announced;
-            for part in parts {
-                let part = part.get(..room).unwrap_or(part);
-                room = room.saturating_sub(part.len());
-                slices.push(IoSlice::new(part));
-            }
+            slices.extend(cut(parts, self.writing.announced).map(IoSlice::new));
             let written = ready!(Pin::new(&mut self.io).poll_write_vectored(context, &slices))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
@@ -292,9 +294,10 @@ impl<T: AsyncRead + Unpin> AsyncRead for Packed<T> {
             let room = reading.arrived.spare_capacity_mut().len();
             let read = ready!(pin!(io.read_buf(&mut reading.arrived)).poll(context))?;
             if read == 0 {
-                let whole = reading.arrived.is_empty() && reading.announced == 0;
-                let cut = || Err(io::ErrorKind::UnexpectedEof.into());
-                return Poll::Ready(if whole { Ok(()) } else { cut() });
+                if reading.arrived.is_empty() && reading.announced == 0 {
+                    return Poll::Ready(Ok(()));
+                }
+                return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
             }
             reading.adjust(room, read);
         }

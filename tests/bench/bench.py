@@ -84,7 +84,7 @@ def measure(compared: Comparison, quick: bool) -> None:
     compared.interleaved("ssh true, ms", rounds, check_ms)
     compared.interleaved("connections/s, 8 at a time", 3, lambda server: connections_a_second(server, 24 if quick else 96))
     compared.echo(2 if quick else 10)
-    compared.interleaved("down, MB/s", 1 if quick else 3, lambda server: down(server, size))
+    compared.interleaved("down, MB/s", 1 if quick else 3, lambda server: down(server, size, f"head -c {size} /dev/zero"))
     compared.interleaved("up, MB/s", 1 if quick else 3, lambda server: up(server, size))
     compared.interleaved("two-way bulk, slow reader: peak over idle, MiB", 1, lambda server: two_way_peak(server, size // 4))
 

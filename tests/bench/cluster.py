@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -352,12 +353,15 @@ def measure(compared: Comparison, cluster: Cluster, carrel: Carrel, like: dict[s
     notes: list[str] = []
     rounds, size = (5, 50 * MIB) if quick else (40, 100 * MIB)
 
-    waits = {server.name: itertools.count(1) for server in compared.servers}
+    waits: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
 
-    def starts(server: Server, count: int) -> float:
+    def spread(starting: str) -> None:
         # kubelet looks at containers once a second, and what was there before has just gone at such a look: a start must come
         # at any point of that second. These are spread evenly over it.
-        time.sleep(next(waits[server.name]) * 0.618 % 1)
+        time.sleep(next(waits[starting]) * 0.618 % 1)
+
+    def starts(server: Server, count: int) -> float:
+        spread(server.name)
         if server.name == OURS:
             return asyncio.run(carrel.sessions(cluster, count))
         return asyncio.run(bare_pods(cluster, like, count))
@@ -378,8 +382,8 @@ def measure(compared: Comparison, cluster: Cluster, carrel: Carrel, like: dict[s
         times = 3 if quick else 15
         compared.interleaved(COLD, times, lambda server: starts(server, 1))
         bare = []
-        for turn in range(times):
-            time.sleep((turn + 1) * 0.618 % 1)
+        for _ in range(times):
+            spread("without volumes")
             bare.append(asyncio.run(bare_pods(cluster, like, 1, volumes=False)))
         notes.append(f"a bare pod without volumes, cold: {statistics.median(bare):.2f} s")
     if "warm" in parts:

@@ -225,10 +225,10 @@ def keystrokes(client: subprocess.Popen[bytes], count: int) -> list[float]:
     return times
 
 
-def down(server: Server, size: int, command: str = "head -c {size} /dev/zero") -> float:
+def down(server: Server, size: int, command: str) -> float:
     """MB/s of what the command writes, which must be `size` bytes."""
     start = time.perf_counter()
-    client = subprocess.Popen(server.ssh(command.format(size=size)), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    client = subprocess.Popen(server.ssh(command), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     got = 0
     while chunk := client.stdout.read1(MIB):
         got += len(chunk)
