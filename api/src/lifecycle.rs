@@ -11,7 +11,7 @@ use std::{
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{clock::Clock, feed::Feed, flight::Flight, pool::Failing};
+use self::{clock::Clock, early::Early, feed::Feed, flight::Flight, pool::Failing};
 use crate::{
     environment::{Environment, link::Links},
     identity::{EnvironmentId, SessionId},
@@ -23,6 +23,7 @@ use crate::{
 mod act;
 mod clock;
 pub mod decide;
+mod early;
 mod feed;
 mod flight;
 mod make;
@@ -84,7 +85,7 @@ pub struct Lifecycle {
     end: CancellationToken,
     starting: Semaphore,
     warming: Semaphore,
-    early: Semaphore,
+    early: Early,
     ending: Semaphore,
 }
 
@@ -116,7 +117,7 @@ impl Lifecycle {
             end: CancellationToken::new(),
             starting: Semaphore::new(PARALLEL),
             warming: Semaphore::new(WARMING),
-            early: Semaphore::new(make::EARLY),
+            early: Early::new(),
             ending: Semaphore::new(PARALLEL),
         })
     }

@@ -8,6 +8,7 @@
 //! processes, which is kubelet's to limit (`podPidsLimit`).
 mod check;
 mod cluster;
+mod events;
 mod exec;
 mod observer;
 mod options;
@@ -29,7 +30,7 @@ use kube::{
     api::{AttachParams, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions, Request},
 };
 use tokio::{
-    sync::{OnceCell, watch},
+    sync::{OnceCell, mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, timeout, timeout_at},
 };
 use tokio_util::{
@@ -92,11 +93,14 @@ impl KubernetesEnvironment {
         let cluster = Arc::new(Cluster::new(&options).await?);
         let (out, observation) = watch::channel(Arc::default());
         let unschedulable = Duration::from_secs(options.unschedulable_seconds);
-        let observer = Observer::new(Arc::clone(&cluster), unschedulable, out);
+        let (told, heard) = mpsc::channel(events::WAITING);
+        let events = events::follow(Arc::clone(&cluster), observation.clone(), told);
+        let observer = Observer::new(Arc::clone(&cluster), unschedulable, out, heard);
         let inner = Arc::new(Inner { cluster, options, ending: Mutex::default(), closed: OnceCell::new() });
         let (tasks, end) = (TaskTracker::new(), CancellationToken::new());
         let span = tracing::info_span!("kubernetes", namespace = inner.cluster.namespace);
         tasks.spawn(end.clone().run_until_cancelled_owned(observer.run()).instrument(span.clone()));
+        tasks.spawn(end.clone().run_until_cancelled_owned(events).instrument(span.clone()));
         let sweep = sweep(Arc::clone(&inner), observation.clone());
         tasks.spawn(end.clone().run_until_cancelled_owned(sweep).instrument(span));
         Ok(Arc::new(Self { inner, observation, tasks, _end: end.drop_guard() }))

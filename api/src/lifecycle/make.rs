@@ -9,7 +9,11 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Lifecycle, flight::pause};
+use super::{
+    Lifecycle,
+    early::{self, Waiting},
+    flight::pause,
+};
 use crate::{
     environment::{
         Create, EnvironmentError, Observation, Phase,
@@ -23,12 +27,6 @@ use crate::{
 const CREATE_ATTEMPTS: u32 = 3;
 /// Made, and still not to be seen: asked for again this often.
 const CREATE_AGAIN: Duration = Duration::from_secs(2);
-/// From when the agent may be there until the first attempt: no container is there sooner.
-const HEAD_START: Duration = Duration::from_millis(300);
-/// Attempts before the backend says that the environment is up, at once in the whole server, and how long each keeps its turn: 20 a
-/// second, because one that fails costs the cluster 10 ms of a processor on which the same pod is being started.
-pub(super) const EARLY: usize = 2;
-const EARLY_APART: Duration = Duration::from_millis(100);
 /// The first and the longest pause between two attempts to reach the agent of an environment that is up.
 const PROBE: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(100));
 /// One attempt to reach the agent.
@@ -124,13 +122,14 @@ impl Making<'_> {
         witness: &mut impl Witness,
     ) -> Result<Arc<Link>, Stop> {
         let mut asked = Instant::now();
-        let mut reachable = None;
+        let mut waits = None;
         let mut delay = PROBE.0;
         loop {
             let look = Arc::clone(&observation.borrow_and_update());
             let seen = look.environments.get(&self.request.environment_id);
             let wait = match seen.map(|observed| &observed.phase) {
                 Some(Phase::Up) => {
+                    waits = None;
                     if let Some(link) = self.probe().await? {
                         return Ok(link);
                     }
@@ -141,11 +140,13 @@ impl Making<'_> {
                 Some(Phase::Starting { step, reachable: maybe }) => {
                     witness.step(*step).await?;
                     if *maybe {
-                        let since = *reachable.get_or_insert_with(Instant::now);
-                        if let Some(link) = self.probe_early(since, observation).await? {
-                            return Ok(link);
+                        let waiting = waits.get_or_insert_with(|| self.lifecycle.early.join());
+                        if waiting.is_one_of_few() {
+                            if let Some(link) = self.probe_early(waiting, observation).await? {
+                                return Ok(link);
+                            }
+                            continue;
                         }
-                        continue;
                     }
                     LOOK
                 }
@@ -167,20 +168,16 @@ impl Making<'_> {
         }
     }
 
-    /// One attempt at an agent that is perhaps there, `since` so long; none when the backend has news first.
+    /// One attempt at an agent that is perhaps there; none when the backend has news first.
     async fn probe_early(
         &self,
-        since: Instant,
+        waiting: &Waiting<'_>,
         observation: &mut watch::Receiver<Arc<Observation>>,
     ) -> Result<Option<Arc<Link>>, Stop> {
-        let turn = async {
-            tokio::time::sleep_until(since + HEAD_START).await;
-            self.lifecycle.early.acquire().await
-        };
         let turn = tokio::select! {
             () = self.cancel.cancelled() => return Err(Stop::Yield),
             _ = observation.changed() => return Ok(None),
-            turn = turn => turn,
+            turn = waiting.turn() => turn,
         };
         let link = self.probe().await?;
         if link.is_none() {
@@ -188,7 +185,7 @@ impl Making<'_> {
             tokio::select! {
                 () = self.cancel.cancelled() => return Err(Stop::Yield),
                 _ = observation.changed() => {}
-                () = tokio::time::sleep(EARLY_APART) => {}
+                () = tokio::time::sleep(early::APART) => {}
             }
         }
         drop(turn);

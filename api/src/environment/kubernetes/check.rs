@@ -14,7 +14,7 @@ pub(super) const RIGHTS: [(&str, &str, &str, &[&str]); 4] = [
     ("", "pods", "", &["create", "get", "list", "watch", "patch", "delete"]),
     ("", "pods", "exec", &["get", "create"]),
     ("networking.k8s.io", "networkpolicies", "", &["create", "get", "list", "delete"]),
-    ("", "events", "", &["list"]),
+    ("", "events", "", &["list", "watch"]),
 ];
 /// Questions at once.
 const TOGETHER: usize = 4;

@@ -5,21 +5,21 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{
-    FutureExt, StreamExt, TryStreamExt,
-    future::{Fuse, FusedFuture},
+use futures_util::{FutureExt, StreamExt, TryStreamExt};
+use k8s_openapi::{
+    api::core::v1::{Event, Pod},
+    jiff::Timestamp,
 };
-use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::api::{ListParams, WatchEvent, WatchParams};
 use tokio::{
-    sync::watch,
+    sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, interval},
 };
 
 use super::{
     cluster::{Cluster, Fault, backoff, plain},
     phase::{self, Doubt},
-    pod::{ENVIRONMENT, MANAGED, SESSION},
+    pod::{self, ENVIRONMENT, MANAGED, SESSION},
 };
 use crate::{
     environment::{Observation, Observed, Phase},
@@ -35,10 +35,6 @@ const WATCH: u32 = 240;
 const PROBE: Duration = Duration::from_secs(3);
 /// How often doubts are looked at.
 const LOOK: Duration = Duration::from_millis(500);
-/// From what age on a pod is slow to start, and how often the events of one are read.
-const SLOW: Duration = Duration::from_secs(2);
-/// Pods whose events are read in one go.
-const ASKED: usize = 8;
 /// A pod that has not started after this, and whose last event is a warning, will not start in an exam's minute.
 const WARNED: Duration = Duration::from_secs(45);
 
@@ -49,9 +45,10 @@ struct Seen {
     doubt: Option<(ReasonCode, Instant)>,
     /// From its events: the session's image is there.
     fetched: bool,
+    /// Its last event if that was a warning, or the one that says who took it away.
     warning: Option<(String, String)>,
-    /// When its events were read.
-    asked: Option<Instant>,
+    /// When its last event was.
+    heard: Option<Timestamp>,
 }
 
 /// All pods of one namespace.
@@ -59,6 +56,8 @@ pub(super) struct Observer {
     cluster: Arc<Cluster>,
     unschedulable: Duration,
     out: watch::Sender<Arc<Observation>>,
+    /// Of pods, from [`super::events`].
+    events: mpsc::Receiver<Vec<Event>>,
     pods: BTreeMap<EnvironmentId, Seen>,
     complete: bool,
     unavailable: Option<String>,
@@ -82,8 +81,17 @@ impl Observer {
         cluster: Arc<Cluster>,
         unschedulable: Duration,
         out: watch::Sender<Arc<Observation>>,
+        events: mpsc::Receiver<Vec<Event>>,
     ) -> Self {
-        Self { cluster, unschedulable, out, pods: BTreeMap::new(), complete: false, unavailable: None }
+        Self {
+            cluster,
+            unschedulable,
+            out,
+            events,
+            pods: BTreeMap::new(),
+            complete: false,
+            unavailable: None,
+        }
     }
 
     /// Lists, watches, and lists again, for ever.
@@ -161,7 +169,6 @@ impl Observer {
         let mut ticks = interval(LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut probe = std::pin::pin!(probe(&cluster).fuse());
-        let mut asking = Box::pin(Fuse::terminated());
         loop {
             tokio::select! {
                 event = stream.next() => {
@@ -197,18 +204,17 @@ impl Observer {
                     if self.pods.values().any(|seen| seen.doubt.is_some()) {
                         self.publish();
                     }
-                    if asking.is_terminated() {
-                        let unclear = self.unclear();
-                        if !unclear.is_empty() {
-                            asking.set(events(&cluster, unclear).fuse());
-                        }
-                    }
                 }
                 why = &mut probe => {
                     self.away(why.clone());
                     return Stop::Lost(Some(why));
                 }
-                found = &mut asking => self.hear(&found),
+                Some(events) = self.events.recv() => {
+                    let news = events.iter().filter(|event| self.hear(event)).count();
+                    if news > 0 {
+                        self.publish();
+                    }
+                }
             }
         }
     }
@@ -225,15 +231,7 @@ impl Observer {
         match self.pods.get_mut(&id) {
             Some(seen) if seen.pod.metadata.uid == pod.metadata.uid => seen.pod = pod,
             _ => {
-                let seen = Seen {
-                    pod,
-                    since: Instant::now(),
-                    doubt: None,
-                    fetched: false,
-                    warning: None,
-                    asked: None,
-                };
-                self.pods.insert(id, seen);
+                self.pods.insert(id, Seen::new(pod));
             }
         }
     }
@@ -260,53 +258,41 @@ impl Observer {
         });
     }
 
-    /// Pods whose events are needed: those that take longer to start than most, and those that ended and do not say why.
-    fn unclear(&mut self) -> Vec<(EnvironmentId, String)> {
-        let now = Instant::now();
-        let shown = self.out.borrow();
-        let starting = |id: &EnvironmentId| {
-            shown
-                .environments
-                .get(id)
-                .is_some_and(|one| matches!(one.phase, Phase::Starting { reachable: true, .. }))
-        };
-        let mut unclear = Vec::new();
-        for (id, seen) in &mut self.pods {
-            let ended = seen.doubt.is_some_and(|(code, _)| code == ReasonCode::EnvironmentCrashed);
-            let slow = starting(id) && now.duration_since(seen.since) > SLOW;
-            let due = seen.asked.is_none_or(|asked| now.duration_since(asked) > SLOW);
-            if (ended || slow) && due && unclear.len() < ASKED {
-                seen.asked = Some(now);
-                unclear.extend(seen.pod.metadata.uid.clone().map(|uid| (*id, uid)));
-            }
-        }
-        unclear
-    }
-
-    fn hear(&mut self, found: &[(EnvironmentId, Vec<Event>)]) {
-        for (id, events) in found {
-            let Some(seen) = self.pods.get_mut(id) else { continue };
-            let of_session = format!("spec.containers{{{SESSION}}}");
-            seen.fetched |= events.iter().any(|event| {
-                event.involved_object.field_path.as_deref() == Some(&of_session)
-                    && matches!(event.reason.as_deref(), Some("Pulled" | "Created" | "Started"))
-            });
-            let when = |event: &&Event| {
-                let last = event.last_timestamp.as_ref().map(|time| time.0);
-                last.or(event.event_time.as_ref().map(|time| time.0))
-            };
-            let taken = events.iter().find(|event| event.reason.as_deref().is_some_and(is_taking_away));
-            let last = taken.or_else(|| events.iter().max_by_key(when));
-            seen.warning = last.filter(|event| event.type_.as_deref() == Some("Warning")).map(|event| {
-                let message = plain(event.message.as_deref().unwrap_or_default());
-                (event.reason.clone().unwrap_or_default(), message)
-            });
-        }
-        self.publish();
+    /// Whether it says something new of a pod that is there.
+    fn hear(&mut self, event: &Event) -> bool {
+        let about = &event.involved_object;
+        let pod = about.name.as_deref().and_then(pod::environment_id).and_then(|id| self.pods.get_mut(&id));
+        pod.is_some_and(|seen| seen.pod.metadata.uid == about.uid && seen.hear(event))
     }
 }
 
 impl Seen {
+    fn new(pod: Pod) -> Self {
+        Self { pod, since: Instant::now(), doubt: None, fetched: false, warning: None, heard: None }
+    }
+
+    /// Whether the event changes what is known.
+    fn hear(&mut self, event: &Event) -> bool {
+        let reason = event.reason.as_deref().unwrap_or_default();
+        let of_session = event.involved_object.field_path.as_ref().is_some_and(|path| *path == of(SESSION));
+        let fetched = of_session && matches!(reason, "Pulled" | "Created" | "Started") && !self.fetched;
+        self.fetched |= fetched;
+        let last = event.last_timestamp.as_ref().map(|time| time.0);
+        let when = last.or(event.event_time.as_ref().map(|time| time.0));
+        let taking_away = is_taking_away(reason);
+        let known = self.warning.as_ref().is_some_and(|(reason, _)| is_taking_away(reason));
+        // Who took a pod away stays the reason, whatever comes after it.
+        if !taking_away && (known || when < self.heard) {
+            return fetched;
+        }
+        self.heard = when;
+        let warning = (taking_away || event.type_.as_deref() == Some("Warning"))
+            .then(|| (reason.to_owned(), plain(event.message.as_deref().unwrap_or_default())));
+        let changed = warning != self.warning;
+        self.warning = warning;
+        fetched || changed
+    }
+
     fn observed(&mut self, unschedulable: Duration) -> Observed {
         let reading = phase::read(&self.pod, unschedulable, self.fetched);
         let doubt = match (&reading.doubt, &reading.phase) {
@@ -349,6 +335,11 @@ impl Seen {
     }
 }
 
+/// What an event's field path says of a container.
+fn of(container: &str) -> String {
+    format!("spec.containers{{{container}}}")
+}
+
 /// Reasons of events that say who ended a pod.
 fn is_taking_away(reason: &str) -> bool {
     matches!(reason, "Evicted" | "Preempted" | "Preempting" | "NodeShutdown" | "TaintManagerEviction")
@@ -367,19 +358,53 @@ async fn probe(cluster: &Cluster) -> String {
     }
 }
 
-/// The events of some pods.
-async fn events(cluster: &Cluster, pods: Vec<(EnvironmentId, String)>) -> Vec<(EnvironmentId, Vec<Event>)> {
-    let mut found = Vec::new();
-    for (id, uid) in pods {
-        let parameters = ListParams {
-            field_selector: Some(format!("involvedObject.uid={uid}")),
-            limit: Some(50),
-            ..ListParams::default()
-        };
-        match cluster.once(cluster.events.list(&parameters)).await {
-            Ok(events) => found.push((id, events.items)),
-            Err(fault) => tracing::debug!(%fault, environment_id = %id, "no events"),
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn event(second: u32, kind: &str, reason: &str) -> Event {
+        serde_json::from_value(json!({
+            "metadata": {},
+            "involvedObject": { "fieldPath": of(SESSION) },
+            "type": kind,
+            "reason": reason,
+            "message": "m",
+            "lastTimestamp": format!("2026-01-01T00:00:{second:02}Z"),
+        }))
+        .unwrap()
+    }
+
+    fn heard(events: &[(u32, &str, &str)]) -> (bool, Option<String>) {
+        let mut seen = Seen::new(Pod::default());
+        for (second, kind, reason) in events {
+            seen.hear(&event(*second, kind, reason));
+        }
+        (seen.fetched, seen.warning.map(|(reason, _)| reason))
+    }
+
+    #[test]
+    fn a_warning_stands_until_something_newer_happens() {
+        assert_eq!(heard(&[(1, "Warning", "FailedMount")]), (false, Some("FailedMount".into())));
+        assert_eq!(heard(&[(1, "Warning", "FailedMount"), (2, "Normal", "Pulled")]), (true, None));
+        assert_eq!(heard(&[(2, "Normal", "Pulled"), (1, "Warning", "FailedMount")]), (true, None));
+    }
+
+    #[test]
+    fn who_took_a_pod_away_stays_its_reason() {
+        for kind in ["Warning", "Normal"] {
+            let events = [(3, "Normal", "Started"), (2, kind, "Evicted"), (9, "Warning", "FailedKillPod")];
+            assert_eq!(heard(&events), (true, Some("Evicted".into())));
         }
     }
-    found
+
+    #[test]
+    fn what_is_said_again_is_no_news() {
+        let mut seen = Seen::new(Pod::default());
+        assert!(seen.hear(&event(1, "Warning", "FailedMount")));
+        assert!(!seen.hear(&event(2, "Warning", "FailedMount")));
+        assert!(seen.hear(&event(2, "Normal", "Pulled")));
+        assert!(!seen.hear(&event(3, "Normal", "Created")));
+    }
 }

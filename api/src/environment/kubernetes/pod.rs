@@ -49,6 +49,11 @@ pub(super) fn name(id: EnvironmentId) -> String {
     format!("carrel-{id}")
 }
 
+/// Which environment's a pod of this name is.
+pub(super) fn environment_id(name: &str) -> Option<EnvironmentId> {
+    name.strip_prefix("carrel-")?.parse().ok()
+}
+
 /// Variables by which kubelet tells every container where the API server is, links or not; what is set here is left alone.
 const API_SERVER: [&str; 7] = [
     "KUBERNETES_SERVICE_HOST",
