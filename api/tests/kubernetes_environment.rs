@@ -24,7 +24,7 @@ use carrel_api::{
     reason::{Reason, ReasonCode},
 };
 use conformance::{Backend, READY, Room, create_request, has_failed, seen, seen_up, seen_within};
-use pods::{LIMIT, MuteRegistry, Pods, Weather, skip};
+use pods::{LIMIT, MuteRegistry, Pods, Weather, skip, variable};
 use tokio::time::{Instant, timeout};
 
 on_backend! { Pods::open();
@@ -238,10 +238,26 @@ async fn an_image_whose_user_is_root_or_that_cannot_start_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_carries_the_agent_needs_no_other_container() {
+    let Some(mut backend) = Pods::open().await else { return };
+    let path = variable("CARREL_CLUSTER_AGENT_IN_IMAGE", "/opt/carrel/agent");
+    backend.reopen(|options| (options.agent_image, options.agent_path) = (None, Some(path))).await;
+    let carrying = variable("CARREL_CLUSTER_CARRYING_IMAGE", "carrel.test/session-with-agent:dev");
+    let room = Room::open(&backend, image(carrying)).await;
+    assert_eq!(room.text("whoami; echo text > file; cat file").await, "candidate\ntext");
+    assert_eq!(room.run("exit 3").await.exit, Exit::Code(3));
+    let pod = format!("carrel-{}", room.id);
+    let containers =
+        backend.kubectl(&["get", "pod", &pod, "-o", "jsonpath={.spec.containers[*].name}"]).await;
+    assert_eq!(containers, "session");
+    backend.environment().destroy(room.id).await.unwrap();
+    backend.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_does_not_arrive_is_told() {
     let Some(mut backend) = Pods::open().await else { return };
-    let pause =
-        std::env::var("CARREL_CLUSTER_PAUSE_IMAGE").unwrap_or_else(|_| "carrel.test/pause:dev".into());
+    let pause = variable("CARREL_CLUSTER_PAUSE_IMAGE", "carrel.test/pause:dev");
     backend.reopen(|options| options.agent_image = Some(pause)).await;
     let (id, reason) = failure(&backend, EnvironmentSpec::default()).await;
     assert_eq!(reason.code, ReasonCode::EnvironmentCrashed, "{reason:?}");

@@ -170,8 +170,14 @@ async def bare_pods(cluster: Cluster, like: dict[str, Any], count: int, volumes:
 class Carrel:
     """`carrel serve` on the cluster, with the server's own rights only."""
 
-    def __init__(self, work: pathlib.Path, namespace: str, kubeconfig: pathlib.Path) -> None:
+    def __init__(self, work: pathlib.Path, namespace: str, kubeconfig: pathlib.Path, carrying: bool = False) -> None:
+        """`carrying`: the session image has the agent in it."""
         self.work, self.namespace, self.kubeconfig = work, namespace, kubeconfig
+        agent, image = ("AGENT_IN_IMAGE", "CARRYING_IMAGE") if carrying else ("AGENT_IMAGE", "SESSION_IMAGE")
+        self.images = [
+            "--kubernetes-agent-path" if carrying else "--kubernetes-agent-image", os.environ[f"CARREL_CLUSTER_{agent}"],
+            "--kubernetes-default-image", os.environ[f"CARREL_CLUSTER_{image}"],
+        ]
         self.port, self.ssh_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = work / "server.log"
@@ -192,8 +198,7 @@ class Carrel:
             [CARREL, "serve", "--environment", "kubernetes", "--exams", exams,
              "--http-listen", f"127.0.0.1:{self.port}", "--ssh-listen", f"127.0.0.1:{self.ssh_port}",
              "--kubernetes-kubeconfig", self.kubeconfig, "--kubernetes-namespace", self.namespace,
-             "--kubernetes-agent-image", os.environ["CARREL_CLUSTER_AGENT_IMAGE"],
-             "--kubernetes-default-image", os.environ["CARREL_CLUSTER_SESSION_IMAGE"],
+             *self.images,
              # Fifty of them have room on a small node; bare pods reserve the same.
              "--kubernetes-cpu-request-percent", "1"],
             env=variables, stdin=subprocess.DEVNULL, stderr=self.log.open("w"))
@@ -348,8 +353,9 @@ def whole(transfer: Callable[[], float], server: Server, notes: list[str]) -> fl
     raise SystemExit("\n".join(notes))
 
 
-def measure(compared: Comparison, cluster: Cluster, carrel: Carrel, like: dict[str, Any], quick: bool, parts: set[str]) -> list[str]:
-    """Fills the table; returns what there is to say below it."""
+def measure(compared: Comparison, cluster: Cluster, carrel: Carrel, like: dict[str, Any], quick: bool, parts: set[str],
+            others: dict[str, Callable[[int], float]]) -> list[str]:
+    """Fills the table; returns what there is to say below it. `others` are other ways to start so many."""
     notes: list[str] = []
     rounds, size = (5, 50 * MIB) if quick else (40, 100 * MIB)
 
@@ -366,6 +372,14 @@ def measure(compared: Comparison, cluster: Cluster, carrel: Carrel, like: dict[s
             return asyncio.run(carrel.sessions(cluster, count))
         return asyncio.run(bare_pods(cluster, like, count))
 
+    def more_starts(row: str, times: int, count: int) -> None:
+        for name, start in others.items():
+            values = []
+            for _ in range(times):
+                spread(name)
+                values.append(start(count))
+            notes.append(f"{row}, {name}: {statistics.median(values):.2f}")
+
     for server in compared.servers:
         check_ms(server)
     if "login" in parts:
@@ -381,11 +395,7 @@ def measure(compared: Comparison, cluster: Cluster, carrel: Carrel, like: dict[s
     if "cold" in parts:
         times = 3 if quick else 15
         compared.interleaved(COLD, times, lambda server: starts(server, 1))
-        bare = []
-        for _ in range(times):
-            spread("without volumes")
-            bare.append(asyncio.run(bare_pods(cluster, like, 1, volumes=False)))
-        notes.append(f"a bare pod without volumes, cold: {statistics.median(bare):.2f} s")
+        more_starts(COLD, times, 1)
     if "warm" in parts:
         values = asyncio.run(carrel.warm_starts(cluster, 2 if quick else 10))
         if values:
@@ -393,8 +403,9 @@ def measure(compared: Comparison, cluster: Cluster, carrel: Carrel, like: dict[s
         else:
             notes.append("create to ready, warm: no warm environment")
     if "many" in parts:
-        count = 10 if quick else 50
-        compared.interleaved(MANY.format(count), 1 if quick else 3, lambda server: starts(server, count))
+        count, times = (10, 1) if quick else (50, 3)
+        compared.interleaved(MANY.format(count), times, lambda server: starts(server, count))
+        more_starts(MANY.format(count), times, count)
     return notes
 
 
@@ -449,6 +460,17 @@ def equal_pod(cluster: Cluster, like: dict[str, Any]) -> Iterator[str]:
     yield name
 
 
+@contextlib.contextmanager
+def carrying(work: pathlib.Path, name: str) -> Iterator[Callable[[int], float]]:
+    """A second carrel in a namespace of its own, whose session image has the agent in it; starts so many sessions at once."""
+    own = work / "carrying"
+    own.mkdir()
+    with namespace(name) as kubeconfig:
+        cluster = Cluster(pathlib.Path(os.environ["KUBECONFIG"]), name, own)
+        with Carrel(own, name, kubeconfig, carrying=True).serving() as carrel:
+            yield lambda count: asyncio.run(carrel.sessions(cluster, count))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller transfers, ten at once")
@@ -476,7 +498,10 @@ def main() -> None:
         pod = stack.enter_context(equal_pod(cluster, like))
         peer = stack.enter_context(sshd_with_kubectl(work, key, name, kubeconfig, pod))
         compared = Comparison([peer, ours])
-        notes = measure(compared, cluster, carrel, like, arguments.quick, parts)
+        others = {"bare pods without volumes": lambda count: asyncio.run(bare_pods(cluster, like, count, volumes=False))}
+        if parts & {"cold", "many"}:
+            others["carrel, agent in the image"] = stack.enter_context(carrying(work, f"{name}-carrying"))
+        notes = measure(compared, cluster, carrel, like, arguments.quick, parts, others)
     print_table(compared.figures, PEER, OURS, AIMS)
     print(*notes, sep="\n", end="\n" if notes else "")
     print(f"Processes that want a processor (load average of a minute): {load:.1f} before, {os.getloadavg()[0]:.1f} at the end; "
