@@ -88,30 +88,47 @@ class Watch:
         self.there: dict[str, dict[str, Any]] = {}
         self.running: dict[str, float] = {}
         self.changed = asyncio.Condition()
+        self.opened = False
+        self.failed: Exception | None = None
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[Watch]:
         listed = (await self.api.get(self.pods, params={"labelSelector": self.selector})).raise_for_status().json()
         self.there = {pod["metadata"]["name"]: pod for pod in listed["items"]}
-        follow = {"watch": "1", "labelSelector": self.selector, "resourceVersion": listed["metadata"]["resourceVersion"]}
-        async with self.api.stream("GET", self.pods, params=follow, timeout=None) as events:
-            events.raise_for_status()
-            reader = asyncio.create_task(self._read(events))
-            try:
-                yield self
-            finally:
-                reader.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await reader
+        reader = asyncio.create_task(self._follow(listed["metadata"]["resourceVersion"]))
+        try:
+            await self.until("a watch", lambda: self.opened)
+            yield self
+        finally:
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
 
-    async def _read(self, events: httpx.Response) -> None:
+    async def _follow(self, version: str) -> None:
+        try:
+            # The API server ends a watch whose reader is slow: on a busy machine more than one in a run.
+            while True:
+                follow = {"watch": "1", "labelSelector": self.selector, "resourceVersion": version}
+                async with self.api.stream("GET", self.pods, params=follow, timeout=None) as events:
+                    events.raise_for_status()
+                    async with self.changed:
+                        self.opened = True
+                        self.changed.notify_all()
+                    version = await self._read(events, version)
+        except (httpx.HTTPError, RuntimeError) as error:
+            async with self.changed:
+                self.failed = error
+                self.changed.notify_all()
+
+    async def _read(self, events: httpx.Response, version: str) -> str:
+        """Until the stream's end; the version that was seen last."""
         async for line in events.aiter_lines():
             now = time.perf_counter()
             event = json.loads(line)
             if event["type"] not in ("ADDED", "MODIFIED", "DELETED"):
                 raise RuntimeError(f"the watch says {line[:300]}")
             pod = event["object"]
-            name = pod["metadata"]["name"]
+            name, version = pod["metadata"]["name"], pod["metadata"]["resourceVersion"]
             async with self.changed:
                 if event["type"] == "DELETED":
                     self.there.pop(name, None)
@@ -120,14 +137,17 @@ class Watch:
                     if pod["status"].get("phase") == "Running":
                         self.running.setdefault(name, now)
                 self.changed.notify_all()
+        return version
 
     async def until(self, what: str, holds: Callable[[], bool], within: float = 120) -> None:
         """Returns when `holds` does."""
         try:
             async with asyncio.timeout(within), self.changed:
-                await self.changed.wait_for(holds)
+                await self.changed.wait_for(lambda: self.failed or holds())
         except TimeoutError:
             raise SystemExit(f"not within {within} s: {what}") from None
+        if self.failed:
+            raise SystemExit(f"the watch for {what} broke: {self.failed}")
 
 
 def bare_pod(like: dict[str, Any], name: str, volumes: bool = True) -> dict[str, Any]:
