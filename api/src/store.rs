@@ -223,7 +223,8 @@ impl Write<'_> {
 }
 
 /// Lets readers go on while somebody writes; the file keeps this. Several processes may open a new file at once, and for
-/// this one change SQLite asks for the lock once only, whatever its `busy_timeout`: who does not get it asks again.
+/// this one change SQLite asks once only for a lock that somebody else has reserved, whatever its `busy_timeout`: who does not get it asks
+/// again.
 async fn write_ahead(connection: &mut AnyConnection) -> Result<(), StoreError> {
     let until = Instant::now() + SQLITE_LOCK_TIMEOUT;
     loop {

@@ -25,6 +25,7 @@ use carrel_api::{
 };
 use conformance::{Backend, READY, Room, create_request, has_failed, seen, seen_up, seen_within};
 use pods::{LIMIT, MuteRegistry, Pods, Weather, skip, variable};
+use serde_json::json;
 use tokio::time::{Instant, timeout};
 
 on_backend! { Pods::open();
@@ -197,11 +198,63 @@ async fn a_pull_that_never_ends_is_shown_as_such_and_can_be_ended() {
     let said = backend.environment().connect(id).await.map(drop).unwrap_err().to_string();
     assert!(said.contains("container not found"), "{said}");
     assert_eq!(backend.environment().inspect(id).await.unwrap().unwrap().phase, fetching);
+    destroyed(&backend, id).await;
+    backend.close().await;
+}
+
+/// kubelet may first have to give up a pull.
+async fn destroyed(backend: &Pods, id: EnvironmentId) {
     let begun = Instant::now();
     while backend.environment().destroy(id).await.is_err() {
         assert!(begun.elapsed() < Duration::from_secs(60), "still there");
     }
     assert_eq!(backend.remains(id).await, Vec::<String>::new());
+}
+
+/// Has the API server tell a warning that stands in no pod's status.
+async fn warn(backend: &Pods, id: EnvironmentId) {
+    let pod = backend.pod(id).await;
+    let name = pod["metadata"]["name"].as_str().unwrap();
+    let event = json!({
+        "apiVersion": "v1", "kind": "Event",
+        "metadata": { "name": format!("{name}.warning"), "namespace": pod["metadata"]["namespace"] },
+        "involvedObject": { "apiVersion": "v1", "kind": "Pod", "name": name, "uid": pod["metadata"]["uid"],
+            "namespace": pod["metadata"]["namespace"] },
+        "type": "Warning", "reason": "FailedPostStartHook", "message": "said by an event only",
+        "firstTimestamp": "2100-01-01T00:00:00Z", "lastTimestamp": "2100-01-01T00:00:00Z",
+    });
+    backend.apply(&event.to_string()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_only_an_event_says_is_heard_at_once_after_a_restart_and_after_an_outage() {
+    let Some(mut backend) = Pods::open().await else { return };
+    let mut registry = MuteRegistry::new().await;
+    let mut begun = Vec::new();
+    for _ in 0..2 {
+        let request = create_request(image(format!("127.0.0.1:{}/never/ends:1", registry.port)));
+        backend.environment().create(&request).await.unwrap();
+        begun.push(request.environment_id);
+    }
+    timeout(LIMIT, registry.called.wait_for(|calls| *calls > 0)).await.unwrap().unwrap();
+    let told = |id| {
+        move |now: &Observation| {
+            let phase = now.environments.get(&id).map(|one| &one.phase);
+            matches!(phase, Some(Phase::Failed(reason)) if reason.technical_details.contains("said by an event only"))
+        }
+    };
+    warn(&backend, begun[0]).await;
+    observed(&backend, Duration::from_secs(10), told(begun[0])).await;
+    backend.reopen(|_| {}).await;
+    observed(&backend, Duration::from_secs(10), told(begun[0])).await;
+
+    backend.way.set(Weather::Silent);
+    warn(&backend, begun[1]).await;
+    observed(&backend, Duration::from_secs(14), |now| now.unavailable.is_some()).await;
+    assert!(!told(begun[1])(&backend.environment().observe().borrow()));
+    backend.way.set(Weather::Fine);
+    observed(&backend, Duration::from_secs(20), told(begun[1])).await;
+    tokio::join!(destroyed(&backend, begun[0]), destroyed(&backend, begun[1]));
     backend.close().await;
 }
 

@@ -115,7 +115,7 @@ class Watch:
                         self.opened = True
                         self.changed.notify_all()
                     version = await self._read(events, version)
-        except (httpx.HTTPError, RuntimeError) as error:
+        except (httpx.HTTPError, RuntimeError, ValueError) as error:
             async with self.changed:
                 self.failed = error
                 self.changed.notify_all()

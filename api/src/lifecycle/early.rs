@@ -15,8 +15,8 @@ const HEAD_START: Duration = Duration::from_millis(300);
 /// Attempts at once in the whole server, and how long each keeps its turn: 20 a second.
 const TURNS: usize = 2;
 pub(super) const APART: Duration = Duration::from_millis(100);
-/// When more wait than this, none is tried: each would have its turn hardly more often than kubelet tells what it has started, which is
-/// once a second, and the attempts would slow down what they wait for.
+/// When more wait than this, none is tried: the turns of each would be half a second apart, where kubelet tells once a second what it has
+/// started, and 20 attempts a second slow down what they wait for.
 const FEW: usize = 8;
 
 /// The attempts of one server.

@@ -147,12 +147,15 @@ impl Making<'_> {
                             }
                             continue;
                         }
+                    } else {
+                        waits = None;
                     }
                     LOOK
                 }
                 // The next pass draws the conclusion.
                 Some(Phase::Ending | Phase::Failed(_)) => return Err(Stop::Yield),
                 None => {
+                    waits = None;
                     if look.complete && look.unavailable.is_none() && asked.elapsed() >= CREATE_AGAIN {
                         self.create().await?;
                         asked = Instant::now();

@@ -1,11 +1,14 @@
 //! The events of pods, followed as they come: what a pod's status does not say. Listing them by pod would have the API server read all
 //! of them each time. Does not know what they mean.
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use futures_util::{FutureExt, StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::Event;
 use kube::api::{ListParams, WatchEvent, WatchParams};
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
 
 use super::cluster::{Cluster, Fault, backoff, plain};
 use crate::environment::Observation;
@@ -14,59 +17,61 @@ use crate::environment::Observation;
 const PAGE: u32 = 500;
 /// Messages that wait for who hears them; then nothing more is read.
 pub(super) const WAITING: usize = 8;
-/// A watch is opened anew after this, seconds.
-const WATCH: u32 = 240;
+/// A watch is opened anew after this; the API server ends it, or this side a little later.
+const WATCH: Duration = Duration::from_secs(240);
+const GRACE: Duration = Duration::from_secs(10);
 /// Events of other objects are not asked for.
 const OF_PODS: &str = "involvedObject.kind=Pod";
 
-/// From where on events are to be heard.
-enum From {
-    /// All that there are, which may be some that were missed.
-    All,
-    /// None was missed; the API server has forgotten the last version.
-    Now,
-    Version(String),
-}
-
-/// Tells events to `out` until nobody hears them: each at least once, but for what comes while a watch on which nothing came for long
-/// is opened anew. Begins, and begins again, after the pods have been listed, so that the hearer knows whose they are.
+/// Tells events to `out` until nobody hears them: each at least once, all of them again after a gap. Begins, and begins again, after the
+/// pods have been listed, so that the hearer knows whose they are.
 pub(super) async fn follow(
     cluster: Arc<Cluster>,
     mut observation: watch::Receiver<Arc<Observation>>,
     out: mpsc::Sender<Vec<Event>>,
 ) {
-    let mut from = From::All;
+    let mut version = None;
     let mut failures = 0;
-    while !out.is_closed()
-        && observation.wait_for(|shown| shown.complete && shown.unavailable.is_none()).await.is_ok()
-    {
-        match listen(&cluster, from, &out).await {
+    while !out.is_closed() && observation.wait_for(|shown| can_be_seen(shown)).await.is_ok() {
+        // A stream that is silent says nothing; whether the API server answers is found out by who watches the pods.
+        let away = observation.wait_for(|shown| !can_be_seen(shown));
+        let heard = tokio::select! {
+            heard = timeout(WATCH + GRACE, listen(&cluster, version.take(), &out)) => heard.unwrap_or(Ok(None)),
+            _ = away => Ok(None),
+        };
+        match heard {
             Ok(next) => {
                 failures = 0;
-                from = next;
+                version = next;
             }
             Err(fault) => {
                 failures += 1;
                 tracing::info!(%fault, "the events of pods are listed anew");
-                from = From::All;
             }
         }
         tokio::time::sleep(backoff(failures)).await;
     }
 }
 
-/// One watch; returns from where to go on.
-async fn listen(cluster: &Cluster, from: From, out: &mpsc::Sender<Vec<Event>>) -> Result<From, Fault> {
-    let mut version = match from {
-        From::All => list(cluster, PAGE, Some(out)).await?,
-        From::Now => list(cluster, 1, None).await?,
-        From::Version(version) => version,
+fn can_be_seen(shown: &Observation) -> bool {
+    shown.complete && shown.unavailable.is_none()
+}
+
+/// Lists all events if there is no version to go on from, and watches; returns the version to go on from, unless it is forgotten.
+async fn listen(
+    cluster: &Cluster,
+    version: Option<String>,
+    out: &mpsc::Sender<Vec<Event>>,
+) -> Result<Option<String>, Fault> {
+    let mut version = match version {
+        Some(version) => version,
+        None => list(cluster, out).await?,
     };
-    let parameters =
-        WatchParams { field_selector: Some(OF_PODS.to_owned()), ..WatchParams::default() }.timeout(WATCH);
+    let parameters = WatchParams { field_selector: Some(OF_PODS.to_owned()), ..WatchParams::default() }
+        .timeout(u32::try_from(WATCH.as_secs()).unwrap_or(u32::MAX));
     let stream = match cluster.once(cluster.events.watch(&parameters, &version)).await {
         Ok(stream) => stream,
-        Err(Fault::Answer(status)) if status.code == 410 => return Ok(From::Now),
+        Err(Fault::Answer(status)) if status.code == 410 => return Ok(None),
         Err(fault) => return Err(fault),
     };
     let mut stream = std::pin::pin!(stream.map_err(|error| cluster.fault(error).0).fuse());
@@ -76,9 +81,9 @@ async fn listen(cluster: &Cluster, from: From, out: &mpsc::Sender<Vec<Event>>) -
         // What has come together is told together.
         let end = loop {
             match next {
-                None => break Some(Ok(From::Version(version.clone()))),
+                None => break Some(Ok(Some(version.clone()))),
                 Some(Err(fault)) => break Some(Err(fault)),
-                Some(Ok(WatchEvent::Error(status))) if status.code == 410 => break Some(Ok(From::Now)),
+                Some(Ok(WatchEvent::Error(status))) if status.code == 410 => break Some(Ok(None)),
                 Some(Ok(WatchEvent::Error(status))) => {
                     break Some(Err(Fault::Unavailable(plain(&status.message))));
                 }
@@ -106,19 +111,16 @@ async fn listen(cluster: &Cluster, from: From, out: &mpsc::Sender<Vec<Event>>) -
     }
 }
 
-/// The version to watch from; with somebody to tell, of all events that there are.
-async fn list(cluster: &Cluster, page: u32, out: Option<&mpsc::Sender<Vec<Event>>>) -> Result<String, Fault> {
+/// Tells all events that there are; returns the version to watch from.
+async fn list(cluster: &Cluster, out: &mpsc::Sender<Vec<Event>>) -> Result<String, Fault> {
     let mut parameters =
-        ListParams { field_selector: Some(OF_PODS.to_owned()), limit: Some(page), ..ListParams::default() };
+        ListParams { field_selector: Some(OF_PODS.to_owned()), limit: Some(PAGE), ..ListParams::default() };
     loop {
-        let found = cluster.once(cluster.events.list(&parameters)).await?;
-        let more = found.metadata.continue_.filter(|token| !token.is_empty());
-        if let Some(out) = out {
-            tell(out, found.items).await?;
-        }
-        match more.filter(|_| out.is_some()) {
+        let page = cluster.once(cluster.events.list(&parameters)).await?;
+        tell(out, page.items).await?;
+        match page.metadata.continue_.filter(|token| !token.is_empty()) {
             Some(token) => parameters.continue_token = Some(token),
-            None => return Ok(found.metadata.resource_version.unwrap_or_default()),
+            None => return Ok(page.metadata.resource_version.unwrap_or_default()),
         }
     }
 }

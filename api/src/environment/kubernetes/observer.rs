@@ -1,15 +1,12 @@
 //! One watch for all pods. It decides what has stood long enough to be a failure; what to do about it is decided above.
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
 
 use futures_util::{FutureExt, StreamExt, TryStreamExt};
-use k8s_openapi::{
-    api::core::v1::{Event, Pod},
-    jiff::Timestamp,
-};
+use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::api::{ListParams, WatchEvent, WatchParams};
 use tokio::{
     sync::{mpsc, watch},
@@ -35,6 +32,8 @@ const WATCH: u32 = 240;
 const PROBE: Duration = Duration::from_secs(3);
 /// How often doubts are looked at.
 const LOOK: Duration = Duration::from_millis(500);
+/// Events that are kept for pods that are not known yet, the latest.
+const UNMATCHED: usize = 256;
 /// A pod that has not started after this, and whose last event is a warning, will not start in an exam's minute.
 const WARNED: Duration = Duration::from_secs(45);
 
@@ -47,8 +46,8 @@ struct Seen {
     fetched: bool,
     /// Its last event if that was a warning, or the one that says who took it away.
     warning: Option<(String, String)>,
-    /// When its last event was.
-    heard: Option<Timestamp>,
+    /// When its last event was: seconds, because that is all that kubelet says.
+    heard: Option<i64>,
 }
 
 /// All pods of one namespace.
@@ -58,6 +57,8 @@ pub(super) struct Observer {
     out: watch::Sender<Arc<Observation>>,
     /// Of pods, from [`super::events`].
     events: mpsc::Receiver<Vec<Event>>,
+    /// Of pods that the watch has not shown yet: the two come on ways of their own.
+    unmatched: VecDeque<Event>,
     pods: BTreeMap<EnvironmentId, Seen>,
     complete: bool,
     unavailable: Option<String>,
@@ -88,6 +89,7 @@ impl Observer {
             unschedulable,
             out,
             events,
+            unmatched: VecDeque::new(),
             pods: BTreeMap::new(),
             complete: false,
             unavailable: None,
@@ -210,8 +212,11 @@ impl Observer {
                     return Stop::Lost(Some(why));
                 }
                 Some(events) = self.events.recv() => {
-                    let news = events.iter().filter(|event| self.hear(event)).count();
-                    if news > 0 {
+                    let mut news = false;
+                    for event in events {
+                        news |= self.hear(event);
+                    }
+                    if news {
                         self.publish();
                     }
                 }
@@ -231,7 +236,13 @@ impl Observer {
         match self.pods.get_mut(&id) {
             Some(seen) if seen.pod.metadata.uid == pod.metadata.uid => seen.pod = pod,
             _ => {
-                self.pods.insert(id, Seen::new(pod));
+                let mut seen = Seen::new(pod);
+                for event in &self.unmatched {
+                    if event.involved_object.uid == seen.pod.metadata.uid {
+                        seen.hear(event);
+                    }
+                }
+                self.pods.insert(id, seen);
             }
         }
     }
@@ -259,10 +270,17 @@ impl Observer {
     }
 
     /// Whether it says something new of a pod that is there.
-    fn hear(&mut self, event: &Event) -> bool {
+    fn hear(&mut self, event: Event) -> bool {
         let about = &event.involved_object;
-        let pod = about.name.as_deref().and_then(pod::environment_id).and_then(|id| self.pods.get_mut(&id));
-        pod.is_some_and(|seen| seen.pod.metadata.uid == about.uid && seen.hear(event))
+        let Some(id) = about.name.as_deref().and_then(pod::environment_id) else { return false };
+        if let Some(seen) = self.pods.get_mut(&id).filter(|seen| seen.pod.metadata.uid == about.uid) {
+            return seen.hear(&event);
+        }
+        if self.unmatched.len() >= UNMATCHED {
+            self.unmatched.pop_front();
+        }
+        self.unmatched.push_back(event);
+        false
     }
 }
 
@@ -277,8 +295,8 @@ impl Seen {
         let of_session = event.involved_object.field_path.as_ref().is_some_and(|path| *path == of(SESSION));
         let fetched = of_session && matches!(reason, "Pulled" | "Created" | "Started") && !self.fetched;
         self.fetched |= fetched;
-        let last = event.last_timestamp.as_ref().map(|time| time.0);
-        let when = last.or(event.event_time.as_ref().map(|time| time.0));
+        let last = event.last_timestamp.as_ref().map(|time| time.0.as_second());
+        let when = last.or(event.event_time.as_ref().map(|time| time.0.as_second()));
         let taking_away = is_taking_away(reason);
         let known = self.warning.as_ref().is_some_and(|(reason, _)| is_taking_away(reason));
         // Who took a pod away stays the reason, whatever comes after it.
@@ -321,17 +339,16 @@ impl Seen {
         Some(Doubt { reason: Reason::new(ReasonCode::EnvironmentLost, details), patience: Duration::ZERO })
     }
 
-    /// What the pod's status does not say: its network, its volumes, the hook that brings the agent.
+    /// What the status of a pod that has a node does not say: its network, its volumes, the hook that brings the agent.
     fn doubtful_events(&self) -> Option<Doubt> {
-        let (reason, message) = self.warning.as_ref()?;
+        let (reason, message) = self.warning.as_ref().filter(|(reason, _)| reason != "FailedScheduling")?;
         let (code, patience) = match reason.as_str() {
             "FailedPostStartHook" => (ReasonCode::EnvironmentCrashed, Duration::ZERO),
-            _ => (ReasonCode::StartTimeout, WARNED.saturating_sub(self.since.elapsed())),
+            _ if self.since.elapsed() >= WARNED => (ReasonCode::StartTimeout, Duration::ZERO),
+            _ => (ReasonCode::StartTimeout, Duration::MAX),
         };
-        Some(Doubt {
-            reason: Reason::new(code, format!("the pod does not start: {reason}: {message}")),
-            patience,
-        })
+        let details = format!("the pod does not start: {reason}: {message}");
+        Some(Doubt { reason: Reason::new(code, details), patience })
     }
 }
 
@@ -342,7 +359,7 @@ fn of(container: &str) -> String {
 
 /// Reasons of events that say who ended a pod.
 fn is_taking_away(reason: &str) -> bool {
-    matches!(reason, "Evicted" | "Preempted" | "Preempting" | "NodeShutdown" | "TaintManagerEviction")
+    matches!(reason, "Evicted" | "Preempted" | "Preempting" | "NodeShutdown")
 }
 
 /// Resolves when the API server does not answer.
