@@ -151,9 +151,11 @@ impl Pods {
     /// Ends the test: what it made goes, and that is checked.
     pub async fn close(mut self) {
         let environment = self.kubernetes();
-        let ids: Vec<EnvironmentId> = environment.observe().borrow().environments.keys().copied().collect();
+        // What was made just now may not have been observed yet.
+        let there = self.kubectl(&["get", "pods", "-o", "jsonpath={.items[*].metadata.name}"]).await;
         let mut ending = JoinSet::new();
-        for id in ids {
+        for name in there.split_whitespace() {
+            let id: EnvironmentId = name.strip_prefix("carrel-").unwrap().parse().unwrap();
             let environment = Arc::clone(&environment);
             ending.spawn(async move { environment.destroy(id).await });
         }
