@@ -21,6 +21,9 @@ const PULL_PATIENCE: Duration = Duration::from_secs(3);
 /// A first process that has ended may have been ended: why and by whom the pod or its events say a moment later.
 const END_PATIENCE: Duration = Duration::from_secs(3);
 
+/// What kubelet says when its container runtime does not answer, whatever it was asked for.
+const RUNTIME_AWAY: &str = "code = Unavailable desc = connection error";
+
 /// Indices into [`crate::session::STEPS`].
 const PLACE: usize = 0;
 const IMAGE: usize = 1;
@@ -111,6 +114,10 @@ pub(super) fn read(pod: &Pod, unschedulable: Duration, fetched: bool) -> Reading
 fn waiting(container: &ContainerStatus) -> Option<Doubt> {
     let waiting = container.state.as_ref()?.waiting.as_ref()?;
     let reason = waiting.reason.as_deref().unwrap_or_default();
+    // Of the node, and no fault of the image or the container: kubelet tries again. If it lasts, events say so.
+    if waiting.message.as_deref().is_some_and(|message| message.contains(RUNTIME_AWAY)) {
+        return None;
+    }
     let (code, patience) = match reason {
         "InvalidImageName" | "ErrImageNeverPull" | "ImagePullBackOff" | "SignatureValidationFailed" => {
             (ReasonCode::ImagePullFailed, Duration::ZERO)

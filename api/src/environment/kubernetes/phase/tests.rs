@@ -69,6 +69,23 @@ fn an_image_that_cannot_be_had_is_a_failure_with_its_name() {
 }
 
 #[test]
+fn a_container_runtime_that_is_away_is_no_fault_of_the_image() {
+    let mut pod = recorded!("image-pull");
+    for container in pod.status.as_mut().unwrap().container_statuses.as_mut().unwrap() {
+        if let Some(waiting) = container.state.as_mut().unwrap().waiting.as_mut() {
+            waiting.reason = Some("ImageInspectError".into());
+            waiting.message = Some(
+                "Failed to inspect image \"\": rpc error: code = Unavailable desc = connection error: desc = \"transport: \
+                 Error while dialing: dial unix /run/containerd/containerd.sock: connect: no such file or directory\""
+                    .into(),
+            );
+        }
+    }
+    let wanted = Phase::Starting { step: IMAGE, reachable: true };
+    assert_eq!(read(&pod), Reading { phase: wanted, doubt: None });
+}
+
+#[test]
 fn a_first_process_that_ends_says_how() {
     let (phase, doubt) = doubted(&recorded!("first-process-killed"));
     assert_eq!((phase, doubt.reason.code), (Phase::Up, ReasonCode::EnvironmentCrashed));
