@@ -12,9 +12,14 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from waiting import wait_until
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "tests/cluster"
 ROLE = REPOSITORY / "charts/rbac.yaml"
+
+GONE_WITHIN = 150
+"""Seconds for a namespace to go."""
 
 ENVIRONMENT_LABEL = "carrel.dev/environment"
 """What Carrel makes for one environment has it; the policy that closes a whole namespace has not."""
@@ -58,12 +63,16 @@ class Cluster:
 
     def close(self) -> None:
         """Deletes all namespaces that were made here, and waits until they are gone; fails if nobody had deleted them before."""
-        forgotten = sorted(name for name, namespace in self.namespaces.items() if not namespace.deletion)
+        forgotten = sorted(name for name, namespace in self.namespaces.items() if not namespace.deleted)
         for namespace in self.namespaces.values():
             namespace.delete()
-        for namespace in list(self.namespaces.values()):
-            namespace.wait_gone()
+        wait_until("the namespaces are gone", lambda: not self.namespaces.keys() & self.existing(), GONE_WITHIN, every=1)
+        self.namespaces.clear()
         assert not forgotten, f"nobody deleted the namespaces {forgotten}"
+
+    def existing(self) -> set[str]:
+        """The names of all namespaces, those that are being deleted too."""
+        return set(self.kubectl("get", "namespaces", "-o", "jsonpath={.items[*].metadata.name}").split())
 
 
 class Namespace:
@@ -74,7 +83,7 @@ class Namespace:
         self.name = name
         self.kubeconfig = Path()
         """Of a service account that has `charts/rbac.yaml` and no other right."""
-        self.deletion: subprocess.Popen[str] | None = None
+        self.deleted = False
 
     def create(self) -> None:
         """Makes it; see [`Cluster.namespace`]."""
@@ -108,19 +117,8 @@ class Namespace:
 
     def delete(self) -> None:
         """Begins to delete it with all that is in it. This takes seconds; [`Cluster.close`] sees to the end."""
-        if not self.deletion:
+        if not self.deleted:
             argv = [SCRIPTS / "namespace", "delete", self.name]
-            self.deletion = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-            )
-
-    def wait_gone(self) -> None:
-        """Waits for the end of [`Namespace.delete`]."""
-        assert self.deletion, f"nobody deletes the namespace {self.name}"
-        try:
-            _, said = self.deletion.communicate(timeout=150)
-        except subprocess.TimeoutExpired:
-            self.deletion.kill()
-            raise AssertionError(f"the namespace {self.name} is not gone after 150 s") from None
-        assert self.deletion.returncode == 0, f"the namespace {self.name} cannot be deleted: {said[-1500:]}"
-        self.cluster.namespaces.pop(self.name, None)
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90)
+            assert done.returncode == 0, f"the namespace {self.name} cannot be deleted: {done.stderr[-1500:]}"
+            self.deleted = True

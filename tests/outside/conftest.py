@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from cluster import Cluster
-from harness import BINARY, Demo, Postgres, Server, Session, instances, need, processes_that_mention, wait_until
+from harness import BINARY, Demo, Postgres, Server, Session, instances, need, processes_that_mention
+from waiting import wait_until
 
 
 PODS = os.environ.get("CARREL_TEST_ENVIRONMENT", "local") == "kubernetes"

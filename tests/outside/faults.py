@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 
 from cluster import SCRIPTS, Cluster
-from harness import wait_until
+from waiting import wait_until
 
 
 def component(*words: str) -> None:

@@ -31,6 +31,7 @@ from typing import Any
 import httpx
 
 from cluster import Cluster, Namespace
+from waiting import Late, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BINARY = Path(os.environ.get("CARREL_BIN", REPOSITORY / "target/release/carrel")).resolve()
@@ -47,22 +48,6 @@ EXAMS = {
     "large": "duration_minutes: 120\nenvironment:\n  storage: 2Gi\n",
 }
 """The exam files that every server of the suite has."""
-
-
-class Late(AssertionError):
-    """Something did not happen within its deadline."""
-
-
-def wait_until(what: str, probe: Callable[[], Any], within: float = 20, every: float = 0.05) -> Any:
-    """Returns the first true value of `probe`; fails with `what` and the last value after `within` seconds."""
-    deadline = time.monotonic() + within
-    while True:
-        value = probe()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise Late(f"not within {within} s: {what} (last seen: {value!r})")
-        time.sleep(every)
 
 
 def free_port() -> int:

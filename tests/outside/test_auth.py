@@ -18,7 +18,8 @@ import paramiko
 import pytest
 
 from cluster import Cluster
-from harness import Server, Session, Ssh, rss_kib, told, wait_until
+from harness import Server, Session, Ssh, rss_kib, told
+from waiting import wait_until
 from test_websocket import json_client
 
 DENIED = b"Permission denied"

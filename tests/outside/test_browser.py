@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from harness import Demo, Server, Session, free_port, need, rss_kib, wait_until
+from harness import Demo, Server, Session, free_port, need, rss_kib
+from waiting import wait_until
 
 SHOTS = os.environ.get("CARREL_SCREENSHOTS")
 """A directory for pictures of the page; none are kept without it."""

@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from cluster import Cluster
-from harness import Postgres, Server, Session, told, wait_until
+from harness import Postgres, Server, Session, told
+from waiting import wait_until
 
 
 def at(text: str) -> float:

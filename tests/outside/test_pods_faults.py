@@ -22,7 +22,8 @@ from websockets.exceptions import ConnectionClosed
 
 from cluster import Cluster
 from faults import away, node_ready, recover
-from harness import Late, Server, Session, Ssh, Terminal, wait_until
+from harness import Server, Session, Ssh, Terminal
+from waiting import Late, wait_until
 from test_websocket import ATTACHED, TERMINATION, BinaryClient, binary_client
 
 pytestmark = pytest.mark.cluster

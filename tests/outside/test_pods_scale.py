@@ -19,7 +19,8 @@ import pytest
 
 from cluster import Cluster
 from faults import component
-from harness import Server, Session, Terminal, told, wait_until
+from harness import Server, Session, Terminal, told
+from waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 

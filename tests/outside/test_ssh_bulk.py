@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from cluster import Cluster
-from harness import Server, Session, Ssh, rss_kib, told, wait_until
+from harness import Server, Session, Ssh, rss_kib, told
+from waiting import wait_until
 
 MIB = 1 << 20
 

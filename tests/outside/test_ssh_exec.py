@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import Master, Server, Session, free_port, told, wait_until
+from harness import Master, Server, Session, free_port, told
+from waiting import wait_until
 
 pytestmark = pytest.mark.pods
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from harness import BINARY, Demo, Server, free_port, processes_that_mention, told, wait_until
+from harness import BINARY, Demo, Server, free_port, processes_that_mention, told
+from waiting import wait_until
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 

@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from cluster import Cluster
-from harness import Server, wait_until
+from harness import Server
+from waiting import wait_until
 from test_start import refused, serve
 
 ISSUER, AUDIENCE = "https://platform.example", "carrel"
