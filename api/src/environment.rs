@@ -83,6 +83,14 @@ pub struct Observation {
     pub environments: BTreeMap<EnvironmentId, Observed>,
 }
 
+impl Observation {
+    /// Does something follow from an absence?
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        self.complete && self.unavailable.is_none()
+    }
+}
+
 /// Why an environment did not do as asked.
 #[derive(Debug, thiserror::Error)]
 pub enum EnvironmentError {

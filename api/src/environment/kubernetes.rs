@@ -10,6 +10,7 @@ mod check;
 mod cluster;
 mod events;
 mod exec;
+mod listing;
 mod observer;
 mod options;
 mod phase;
@@ -329,9 +330,8 @@ impl Inner {
         loop {
             let look = (Instant::now() + LOOK).min(deadline);
             let absent = async {
-                let missing = |shown: &Arc<Observation>| {
-                    shown.complete && shown.unavailable.is_none() && !shown.environments.contains_key(&id)
-                };
+                let missing =
+                    |shown: &Arc<Observation>| shown.is_current() && !shown.environments.contains_key(&id);
                 // The observer lives as long as its value; without it only looking is left.
                 if observation.wait_for(missing).await.is_err() {
                     std::future::pending::<()>().await;
@@ -392,7 +392,7 @@ async fn sweep(inner: Arc<Inner>, observation: watch::Receiver<Arc<Observation>>
         ticks.tick().await;
         {
             let shown = observation.borrow();
-            if !shown.complete || shown.unavailable.is_some() {
+            if !shown.is_current() {
                 continue;
             }
             // Those are told apart by the pods that exist: an id without a pod needs no clock.

@@ -36,7 +36,7 @@ impl Seen {
     pub fn at(id: Option<EnvironmentId>, observation: &Observation) -> Self {
         match id.and_then(|id| observation.environments.get(&id)) {
             Some(observed) => Self::Present(observed.phase.clone()),
-            None if observation.complete && observation.unavailable.is_none() => Self::Absent,
+            None if observation.is_current() => Self::Absent,
             None => Self::Unknown,
         }
     }

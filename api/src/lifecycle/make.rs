@@ -127,9 +127,12 @@ impl Making<'_> {
         loop {
             let look = Arc::clone(&observation.borrow_and_update());
             let seen = look.environments.get(&self.request.environment_id);
-            let wait = match seen.map(|observed| &observed.phase) {
+            let phase = seen.map(|observed| &observed.phase);
+            if !matches!(phase, Some(Phase::Starting { reachable: true, .. })) {
+                waits = None;
+            }
+            let wait = match phase {
                 Some(Phase::Up) => {
-                    waits = None;
                     if let Some(link) = self.probe().await? {
                         return Ok(link);
                     }
@@ -147,16 +150,13 @@ impl Making<'_> {
                             }
                             continue;
                         }
-                    } else {
-                        waits = None;
                     }
                     LOOK
                 }
                 // The next pass draws the conclusion.
                 Some(Phase::Ending | Phase::Failed(_)) => return Err(Stop::Yield),
                 None => {
-                    waits = None;
-                    if look.complete && look.unavailable.is_none() && asked.elapsed() >= CREATE_AGAIN {
+                    if look.is_current() && asked.elapsed() >= CREATE_AGAIN {
                         self.create().await?;
                         asked = Instant::now();
                     }

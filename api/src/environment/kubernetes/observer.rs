@@ -5,9 +5,9 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{FutureExt, StreamExt, TryStreamExt};
+use futures_util::{FutureExt, TryStreamExt};
 use k8s_openapi::api::core::v1::{Event, Pod};
-use kube::api::{ListParams, WatchEvent, WatchParams};
+use kube::api::{ListParams, WatchParams};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, interval},
@@ -15,6 +15,7 @@ use tokio::{
 
 use super::{
     cluster::{Cluster, Fault, backoff, plain},
+    listing::{Change, End, page, together},
     phase::{self, Doubt},
     pod::{self, ENVIRONMENT, MANAGED, SESSION},
 };
@@ -24,8 +25,6 @@ use crate::{
     reason::{Reason, ReasonCode},
 };
 
-/// Objects in one answer.
-const PAGE: u32 = 500;
 /// A watch is opened anew after this, seconds; the API server sends a bookmark about every minute.
 const WATCH: u32 = 240;
 /// How often the API server is asked whether it is there: a watch that is silent says nothing.
@@ -136,17 +135,16 @@ impl Observer {
     /// Everything there is, and the version to watch from.
     async fn list(&mut self) -> Result<String, Fault> {
         let mut found = BTreeSet::new();
-        let mut parameters =
-            ListParams { label_selector: Some(selector()), limit: Some(PAGE), ..ListParams::default() };
+        let mut parameters = ListParams::default().labels(&selector());
         let version = loop {
-            let page = self.cluster.once(self.cluster.pods.list(&parameters)).await?;
-            for pod in page.items {
+            let (pods, version, next) = page(&self.cluster, &self.cluster.pods, parameters).await?;
+            for pod in pods {
                 found.extend(phase::environment_id(&pod));
                 self.put(pod);
             }
-            match page.metadata.continue_.filter(|token| !token.is_empty()) {
-                Some(token) => parameters.continue_token = Some(token),
-                None => break page.metadata.resource_version.unwrap_or_default(),
+            match next {
+                Some(next) => parameters = next,
+                None => break version,
             }
         };
         self.pods.retain(|id, _| found.contains(id));
@@ -159,48 +157,35 @@ impl Observer {
     }
 
     async fn watch(&mut self, version: &str) -> Stop {
-        let parameters =
-            WatchParams { label_selector: Some(selector()), ..WatchParams::default() }.timeout(WATCH);
+        let parameters = WatchParams::default().labels(&selector()).timeout(WATCH);
         let cluster = Arc::clone(&self.cluster);
         let mut version = version.to_owned();
         let stream = match cluster.once(cluster.pods.watch(&parameters, &version)).await {
             Ok(stream) => stream,
             Err(fault) => return Stop::Lost(Some(fault.to_string())),
         };
-        let mut stream = std::pin::pin!(stream.map_err(|error| cluster.fault(error).0.to_string()).fuse());
+        let mut stream = std::pin::pin!(stream.map_err(|error| cluster.fault(error).0));
         let mut ticks = interval(LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut probe = std::pin::pin!(probe(&cluster).fuse());
         loop {
             tokio::select! {
-                event = stream.next() => {
-                    let mut next = event;
-                    // What has come together is shown together.
-                    loop {
-                        match next {
-                            None => {
-                                self.publish();
-                                return Stop::Over(version);
-                            }
-                            Some(Err(why)) => return Stop::Lost(Some(why)),
-                            Some(Ok(WatchEvent::Error(status))) if status.code == 410 => return Stop::Lost(None),
-                            Some(Ok(WatchEvent::Error(status))) => return Stop::Lost(Some(plain(&status.message))),
-                            Some(Ok(WatchEvent::Bookmark(bookmark))) => version = bookmark.metadata.resource_version,
-                            Some(Ok(WatchEvent::Added(pod) | WatchEvent::Modified(pod))) => {
-                                version = pod.metadata.resource_version.clone().unwrap_or(version);
-                                self.put(pod);
-                            }
-                            Some(Ok(WatchEvent::Deleted(pod))) => {
-                                version = pod.metadata.resource_version.clone().unwrap_or(version);
-                                self.remove(&pod);
-                            }
-                        }
-                        match stream.next().now_or_never() {
-                            Some(more) => next = more,
-                            None => break,
+                (changes, end) = together(&mut stream, &mut version) => {
+                    for change in changes {
+                        match change {
+                            Change::Put(pod) => self.put(pod),
+                            Change::Gone(pod) => self.remove(&pod),
                         }
                     }
-                    self.publish();
+                    match end {
+                        None => self.publish(),
+                        Some(End::Over) => {
+                            self.publish();
+                            return Stop::Over(version);
+                        }
+                        Some(End::Forgotten) => return Stop::Lost(None),
+                        Some(End::Broken(fault)) => return Stop::Lost(Some(fault.to_string())),
+                    }
                 }
                 _ = ticks.tick() => {
                     if self.pods.values().any(|seen| seen.doubt.is_some()) {
