@@ -25,8 +25,11 @@ use tokio::{
 
 use crate::wire::limits;
 
+mod silence;
 #[cfg(test)]
 mod tests;
+
+pub use silence::{Listened, Pulse, silence};
 
 /// Bytes of one stream that h2 may hold unsent.
 const SEND_BUFFER: usize = 128 * 1024;

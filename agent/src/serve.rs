@@ -10,7 +10,6 @@ use std::{
 };
 
 use carrel_agent::{flow, packed::Packed, wire::ENV_PREFIX};
-use h2::{Ping, PingPong};
 use rustix::process::{DumpableBehavior, Pid, Resource, Rlimit};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -36,10 +35,8 @@ use crate::{
 const CONNECTIONS: usize = 64;
 /// A peer that has not said that it speaks HTTP/2 after this long is let go.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// A peer is asked this often whether it is there.
-const PING_EVERY: Duration = Duration::from_secs(15);
-/// A peer that has not answered after this long is gone.
-const PING_TIMEOUT: Duration = Duration::from_secs(15);
+/// A peer that was silent for this long is asked whether it is there, and is gone when it is silent for as long again.
+const SILENCE: Duration = Duration::from_secs(15);
 /// What runs is given this long to end when the agent has to.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -220,8 +217,9 @@ where
 
 /// One HTTP/2 connection, until it is lost. Its requests live on in tasks, which see their streams closed.
 async fn connection(agent: Arc<Agent>, io: impl AsyncRead + AsyncWrite + Unpin) {
+    let (io, pulse) = flow::Listened::new(io);
     let Ok(Ok(mut connection)) = timeout(HANDSHAKE, flow::server(io)).await else { return };
-    let gone = silence(connection.ping_pong());
+    let gone = flow::silence(connection.ping_pong(), &pulse, SILENCE);
     tokio::pin!(gone);
     loop {
         tokio::select! {
@@ -231,18 +229,7 @@ async fn connection(agent: Arc<Agent>, io: impl AsyncRead + AsyncWrite + Unpin) 
                 }
                 Some(Err(_)) | None => return,
             },
-            () = &mut gone => return,
-        }
-    }
-}
-
-/// Resolves when the peer does not answer any more.
-async fn silence(pings: Option<PingPong>) {
-    let Some(mut pings) = pings else { return std::future::pending().await };
-    loop {
-        sleep(PING_EVERY).await;
-        if !matches!(timeout(PING_TIMEOUT, pings.ping(Ping::opaque())).await, Ok(Ok(_))) {
-            return;
+            _ = &mut gone => return,
         }
     }
 }

@@ -20,8 +20,13 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument;
 
 use crate::{
-    bridge::{Bridge, Visit},
-    ssh::{connection::Connection, guard::Guarded, inbox::Load, throttle::Throttle},
+    bridge::Bridge,
+    ssh::{
+        connection::{Connection, Entry},
+        guard::Guarded,
+        inbox::Load,
+        throttle::Throttle,
+    },
 };
 
 mod channel;
@@ -47,6 +52,8 @@ const CONNECTIONS: usize = 20_000;
 const KEEPALIVE: Duration = Duration::from_secs(15);
 /// After its session's end, or the server's, a connection has this long to tell its client why.
 const LAST_WORDS: Duration = Duration::from_secs(3);
+/// Who has logged in and is not let in hears why on a channel, and is disconnected after this.
+const REFUSED: Duration = Duration::from_secs(10);
 /// After an error of `accept` (no file descriptors, mostly).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -171,9 +178,9 @@ impl Ssh {
         let handle = running.handle();
         tokio::pin!(running);
 
-        let visit = tokio::select! {
+        let entry = tokio::select! {
             result = &mut running => return ended(result),
-            visit = login.accepted(&handle) => visit,
+            entry = login.accepted(&handle) => entry,
             () = &mut login_deadline => {
                 tracing::info!("no login within the deadline");
                 let said = "no login within 30 s; connect again when you have your password at hand";
@@ -183,7 +190,7 @@ impl Ssh {
         };
         let said = tokio::select! {
             result = &mut running => return ended(result),
-            over = async { match &visit { Some(visit) => over(visit).await, None => std::future::pending().await } } => over,
+            over = over(&entry) => over,
             () = shutdown.cancelled() => "the exam server restarts; connect again, your shell goes on".to_owned(),
         };
         // The channels tell their clients first; whoever leaves them open is disconnected with the same sentence.
@@ -195,8 +202,16 @@ impl Ssh {
     }
 }
 
-/// Waits for the session's end, which it returns in words; until then somebody is here.
-async fn over(visit: &Visit) -> String {
+/// Waits for the session's end, which it returns in words; until then somebody is here. Who is not let in has a moment to
+/// hear why on a channel.
+async fn over(entry: &Entry) -> String {
+    let visit = match entry {
+        Ok(visit) => visit,
+        Err(refusal) => {
+            sleep(REFUSED).await;
+            return refusal.to_string();
+        }
+    };
     tokio::select! {
         biased;
         over = visit.over() => over.message,

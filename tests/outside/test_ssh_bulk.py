@@ -381,6 +381,11 @@ def test_more_connections_than_a_session_may_have_are_refused_with_a_reason(busy
         over = ssh.run("echo in", auth="key", timeout=20)
         assert over.returncode == 255 and over.stdout == b"", f"the 33rd connection was let in: {told(over)}"
         assert over.stderr.strip(), "the 33rd connection was refused without a word"
+        # One that opens no channel is not kept either: nobody would count it.
+        idle = ssh.popen(None, "-N", auth="key")
+        clients.append(idle)
+        _, told_idle = idle.communicate(timeout=25)
+        assert idle.returncode == 255 and told_idle.strip(), (idle.returncode, told_idle)
     finally:
         stop(*clients)
     wait_until("there is room again", lambda: ssh.run("echo in", auth="key").stdout == b"in\n", within=15)

@@ -6,7 +6,7 @@ use h2::{Reason, client::SendRequest};
 use http::{HeaderMap, HeaderValue, Request, Response};
 use tokio::{task::JoinSet, time::timeout};
 
-use super::{Inbound, Outbound, client, server};
+use super::{Inbound, Listened, Outbound, client, server, silence};
 use crate::wire::limits;
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -234,4 +234,61 @@ async fn dropping_an_unfinished_half_resets_and_a_lost_connection_closes() {
     let lost = timeout(DEADLINE, serving).await.unwrap().unwrap();
     assert_ne!(lost.reason, Some(Reason::CANCEL));
     drop(second);
+}
+
+/// h2 that has a ping to write and cannot does not read: on a stream that is full both ways two ends that ask would stop each other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bulk_both_ways_is_not_stopped_by_asking_whether_somebody_is_there() {
+    const LIMIT: Duration = Duration::from_millis(50);
+    let (ours, theirs) = tokio::io::duplex(64);
+    tokio::spawn(async move {
+        let (theirs, pulse) = Listened::new(theirs);
+        let mut connection = server(theirs).await.unwrap();
+        let mut gone = Box::pin(silence(connection.ping_pong(), &pulse, LIMIT));
+        loop {
+            let (request, mut respond) = tokio::select! {
+                request = connection.accept() => request.unwrap().unwrap(),
+                why = &mut gone => panic!("the server: {why}"),
+            };
+            let output = Outbound::new(respond.send_response(Response::new(()), false).unwrap());
+            tokio::spawn(async move {
+                let path = request.uri().path().to_owned();
+                serve(&path, Inbound::new(request.into_body()), output).await;
+            });
+        }
+    });
+    let (ours, pulse) = Listened::new(ours);
+    let (requests, mut connection) = client(ours).await.unwrap();
+    let pings = connection.ping_pong();
+    let connection = tokio::spawn(async move {
+        tokio::select! {
+            result = connection => format!("{result:?}"),
+            why = silence(pings, &pulse, LIMIT) => why,
+        }
+    });
+    let mut bulk = JoinSet::new();
+    for _ in 0..4 {
+        let (mut input, up) = open(&requests, "/flood").await;
+        let (down, mut output) = open(&requests, "/count").await;
+        bulk.spawn(async move {
+            for _ in 0..200 {
+                assert!(input.read().await.unwrap().is_some());
+            }
+            drop(up);
+        });
+        bulk.spawn(async move {
+            for _ in 0..200 {
+                output.write(Bytes::from(vec![7; 100_000])).await.unwrap();
+            }
+            drop(down);
+        });
+    }
+    let done = timeout(DEADLINE, async {
+        while let Some(done) = bulk.join_next().await {
+            done.unwrap();
+        }
+    })
+    .await;
+    assert!(done.is_ok(), "it stands still");
+    assert!(!connection.is_finished(), "{:?}", connection.await);
 }

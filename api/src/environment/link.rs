@@ -18,7 +18,6 @@ use futures_util::{
     FutureExt,
     future::{BoxFuture, Shared},
 };
-use h2::{Ping, PingPong};
 use tokio::{
     sync::oneshot,
     time::{Instant, MissedTickBehavior, interval_at, timeout},
@@ -67,16 +66,6 @@ pub enum LinkError {
     /// The connection ended, or the agent does not answer.
     #[error("the connection to the environment is lost: {0}")]
     Lost(String),
-}
-
-impl LinkError {
-    /// What failed belongs to something that was asked before: another try would ask that twice.
-    fn after_another(self) -> Self {
-        match self {
-            Self::Unreachable(why) => Self::Lost(why),
-            other => other,
-        }
-    }
 }
 
 type Opening = Shared<BoxFuture<'static, Result<Arc<Link>, LinkError>>>;
@@ -197,7 +186,9 @@ impl Task {
     ) {
         let connecting = async {
             let stream = environment.connect(self.id).await.map_err(unreachable)?;
-            flow::client(stream).await.map_err(|error| LinkError::Unreachable(error.to_string()))
+            let (stream, pulse) = flow::Listened::new(stream);
+            let connected = flow::client(stream).await;
+            connected.map(|both| (both, pulse)).map_err(|error| LinkError::Unreachable(error.to_string()))
         };
         let connected = tokio::select! {
             biased;
@@ -208,7 +199,7 @@ impl Task {
         };
         // Not held while the connection lives: the backend may be dropped first.
         drop(environment);
-        let (requests, mut connection) = match connected {
+        let ((requests, mut connection), pulse) = match connected {
             Ok(connected) => connected,
             Err(error) => {
                 tracing::debug!(%error, "not connected");
@@ -230,7 +221,7 @@ impl Task {
                     Ok(()) => "the agent ended it".to_owned(),
                     Err(error) => error.to_string(),
                 },
-                why = ping(pings, self.times.ping) => why,
+                why = flow::silence(pings, &pulse, self.times.ping) => why,
                 () = self.idle(&watched) => "it was without use".to_owned(),
             }
         };
@@ -269,19 +260,6 @@ impl Task {
     fn forget_in(&self, slots: &mut Slots) {
         if slots.by_environment.get(&self.id).is_some_and(|slot| slot.generation == self.generation) {
             slots.by_environment.remove(&self.id);
-        }
-    }
-}
-
-/// Returns when the agent has not answered a ping in time, or the connection is gone.
-async fn ping(pings: Option<PingPong>, limit: Duration) -> String {
-    let Some(mut pings) = pings else { return "no pings".to_owned() };
-    loop {
-        tokio::time::sleep(limit).await;
-        match timeout(limit, pings.ping(Ping::opaque())).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => return error.to_string(),
-            Err(_) => return "it does not answer".to_owned(),
         }
     }
 }

@@ -40,6 +40,21 @@ pub struct Inputs {
     pub shutdown: CancellationToken,
 }
 
+impl Inputs {
+    /// At the end the channel's place on its connection is free again, and what nobody has read counts no more: russh does not
+    /// tell of a close that answers ours.
+    fn freed(&self) -> impl Drop + use<> {
+        struct Free(CancellationToken, Arc<Inbox>);
+        impl Drop for Free {
+            fn drop(&mut self) {
+                self.0.cancel();
+                self.1.close();
+            }
+        }
+        Free(self.gone.clone(), Arc::clone(&self.inbox))
+    }
+}
+
 /// The request that makes a channel do something.
 pub struct Start {
     pub what: What,
@@ -143,8 +158,7 @@ pub async fn session(
     started: oneshot::Receiver<Start>,
     entry: Entry,
 ) {
-    // The channel's place on its connection is free again: russh does not tell of a close that answers ours.
-    let _free = inputs.gone.clone().drop_guard();
+    let _free = inputs.freed();
     let start = tokio::select! {
         start = started => match start { Ok(start) => start, Err(_) => return },
         () = inputs.gone.cancelled() => return,
@@ -274,8 +288,9 @@ async fn output(outlet: &Outlet, mut stdout: Inbound, mut stderr: Option<Inbound
             },
             chunk = async { match &mut stderr { Some(stderr) => stderr.read().await, None => std::future::pending().await } } => match chunk {
                 Ok(Some(chunk)) => outlet.error_data(chunk).await?,
-                // A lost stderr is reported by stdout's missing status.
-                Ok(None) | Err(_) => stderr = None,
+                Ok(None) => stderr = None,
+                // A status without the last of stderr would be half the truth.
+                Err(closed) => return Ok(Exit::Lost(closed.to_string())),
             },
         }
     }
@@ -317,7 +332,7 @@ pub async fn tcp(
     port: u16,
     reply: ChannelOpenHandle,
 ) {
-    let _free = inputs.gone.clone().drop_guard();
+    let _free = inputs.freed();
     let connected = async {
         visit.ready(|_| ()).await?;
         visit.tcp(port).await

@@ -55,13 +55,13 @@ pub struct Login {
 }
 
 impl Login {
-    /// Waits for the login. `None` for one that is accepted without a visit: its channels say why.
-    pub async fn accepted(&mut self, handle: &Handle) -> Option<Arc<Visit>> {
+    /// Waits for the login, which may be accepted without a visit: then its channels say why.
+    pub async fn accepted(&mut self, handle: &Handle) -> Entry {
         if let Some(sender) = self.handle.take() {
             let _ = sender.send(handle.clone());
         }
         match (&mut self.accepted).await {
-            Ok(entry) => entry.ok(),
+            Ok(entry) => entry,
             // The connection is gone; its own future says so.
             Err(_) => std::future::pending().await,
         }
@@ -228,6 +228,10 @@ impl Connection {
         let (size, sizes) = watch::channel(None);
         let (signals, signal_queue) = mpsc::channel(SIGNALS);
         let inbox = Arc::new(Inbox::new(Arc::clone(&self.load)));
+        if entry.is_err() {
+            // Nothing will read it.
+            inbox.close();
+        }
         let gone = self.end.child_token();
         let inputs = Inputs {
             inbox: Arc::clone(&inbox),

@@ -109,7 +109,8 @@ impl Inbox {
         self.arrived.notify_one();
     }
 
-    /// The next bytes, at most 64 KiB; `None` after the client's EOF. Loses nothing when dropped while waiting.
+    /// The next bytes, at most 64 KiB; `None` after the client's EOF, and never after [`Inbox::close`]: a client that is gone has not
+    /// said that it sends no more. Loses nothing when dropped while waiting.
     pub async fn read(&self) -> Option<Bytes> {
         loop {
             let arrived = self.arrived.notified();
@@ -119,7 +120,7 @@ impl Inbox {
                     self.load.take(chunk.len());
                     return Some(chunk);
                 }
-                if state.eof || state.closed {
+                if state.eof && !state.closed {
                     return None;
                 }
             }
@@ -140,6 +141,8 @@ impl Drop for Inbox {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt as _;
+
     use super::*;
 
     #[test]
@@ -175,6 +178,7 @@ mod tests {
         inbox.close();
         inbox.push(&[0; 100]);
         assert_eq!(load.0.load(Ordering::Relaxed), 0);
-        assert_eq!(inbox.read().await, None);
+        inbox.finish();
+        assert_eq!(inbox.read().now_or_never(), None, "the end of a client is not its EOF");
     }
 }

@@ -152,7 +152,7 @@ pub async fn run(
     };
     let Some(close) = end.close() else { return };
     tracing::info!(close = ?close, "a terminal's connection is closed");
-    let limit = if matches!(end, End::Exited) { SLOW } else { LAST_WORDS };
+    let is_exit = matches!(end, End::Exited);
     let words = async {
         drop(line.frames);
         let mut sink = match sink {
@@ -171,8 +171,16 @@ pub async fn run(
         }
         Ok::<_, axum::Error>(())
     };
-    // A client that takes nothing more, or does not close, is left.
-    let _ = timeout(limit, words).await;
+    // A client that takes nothing more, or does not close, is left. What a shell said last has time, but not beyond its session.
+    let mut words = pin!(words);
+    if is_exit {
+        tokio::select! {
+            _ = timeout(SLOW, words.as_mut()) => return,
+            _ = visit.over() => {}
+            () = shutdown.cancelled() => {}
+        }
+    }
+    let _ = timeout(LAST_WORDS, words).await;
 }
 
 /// Frames and pings to the client, until there are no more frames or it is gone or slow. Gives the sink back for the last words.

@@ -130,12 +130,13 @@ impl Link {
             Some(_) => None,
             None => Some(finish(Request::get(format!("http://agent/v1/processes/{id}/stderr")))?),
         };
-        let main = self.send(request, false).await?;
-        // Sent before the first answer is waited for: both travel in one round trip.
+        // Both travel in one round trip. First the one that has no effect by itself: a process that is done before anybody asks for its
+        // stderr keeps none.
         let stderr = match stderr {
-            Some(request) => Some(self.send(request, true).await.map_err(LinkError::after_another)?),
+            Some(request) => Some(self.send(request, true).await?),
             None => None,
         };
+        let main = self.send(request, false).await?;
         let ((head, stdin, stdout), stderr) = tokio::try_join!(main.answer(ANSWER), async {
             match stderr {
                 Some(sent) => sent.answer(ANSWER).await.map(|(_, _, body)| Some(body)),
