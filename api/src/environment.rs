@@ -68,6 +68,8 @@ pub struct Observed {
     pub namespace: String,
     /// Milliseconds since 1970 when it was made.
     pub created_at: i64,
+    /// The backend says that its machine is away: nobody reaches it, and nobody knows whether it will come back.
+    pub cut_off: bool,
     /// Whose the backend's own record says it is; `None` for one kept warm.
     pub owner: Option<SessionId>,
 }
@@ -108,8 +110,10 @@ pub enum EnvironmentError {
 /// A place for environments. Every call may be repeated, is keyed by the environment's id, and has its own time limit.
 #[async_trait]
 pub trait Environment: Send + Sync + 'static {
-    /// `local` or `kubernetes`.
-    fn kind(&self) -> &'static str;
+    /// Where its environments are, for people: what is made at one place cannot be seen from another.
+    fn place(&self) -> String;
+    /// What it makes environments from besides what the exam says: those made of something else are no substitutes.
+    fn makes(&self) -> String;
     /// Is everything here that is needed? Said at start; the error is one sentence with the command that helps.
     async fn check(&self) -> Result<(), EnvironmentError>;
     /// Starts making one; does not wait for it.

@@ -32,8 +32,10 @@ mod pool;
 mod start;
 mod sweep;
 
-/// Calls to the backend and to agents at once, for starting; as many again for ending, so that neither waits for the other.
+/// Calls to the backend and to agents at once, for starting; as many again for looking at what seems lost, so that neither waits for the other.
 const PARALLEL: usize = 32;
+/// Environments that are being ended at once: more than one node has, which may be away and keep each of them waiting.
+const ENDING: usize = 128;
 /// Calls to the backend and to agents at once, for what is kept warm.
 const WARMING: usize = 8;
 /// Readings of a row that keeps changing under us.
@@ -73,8 +75,8 @@ pub struct Lifecycle {
     store: Store,
     environment: Arc<dyn Environment>,
     links: Arc<Links>,
-    /// Looks after what no session has.
-    stays: bool,
+    /// The one session that is looked after; without it all of them, and what no session has.
+    only: Option<SessionId>,
     clock: Clock,
     feed: Feed,
     wake: Notify,
@@ -87,24 +89,35 @@ pub struct Lifecycle {
     warming: Semaphore,
     early: Early,
     ending: Semaphore,
+    confirming: Semaphore,
 }
 
 impl Lifecycle {
     /// Does nothing yet: see [`Lifecycle::run`].
     #[must_use]
     pub fn new(store: Store, environment: Arc<dyn Environment>, links: Arc<Links>) -> Arc<Self> {
-        Self::with(store, environment, links, true)
+        Self::with(store, environment, links, None)
     }
 
-    /// For a short while beside or without a server: what is kept warm is not looked after, nor is anything swept.
+    /// For one session and a short while, beside or without a server: nothing else is looked at.
     #[must_use]
-    pub fn passing(store: Store, environment: Arc<dyn Environment>, links: Arc<Links>) -> Arc<Self> {
-        Self::with(store, environment, links, false)
+    pub fn only(
+        id: SessionId,
+        store: Store,
+        environment: Arc<dyn Environment>,
+        links: Arc<Links>,
+    ) -> Arc<Self> {
+        Self::with(store, environment, links, Some(id))
     }
 
-    fn with(store: Store, environment: Arc<dyn Environment>, links: Arc<Links>, stays: bool) -> Arc<Self> {
+    fn with(
+        store: Store,
+        environment: Arc<dyn Environment>,
+        links: Arc<Links>,
+        only: Option<SessionId>,
+    ) -> Arc<Self> {
         Arc::new(Self {
-            stays,
+            only,
             store,
             environment,
             links,
@@ -118,7 +131,8 @@ impl Lifecycle {
             starting: Semaphore::new(PARALLEL),
             warming: Semaphore::new(WARMING),
             early: Early::new(),
-            ending: Semaphore::new(PARALLEL),
+            ending: Semaphore::new(ENDING),
+            confirming: Semaphore::new(PARALLEL),
         })
     }
 

@@ -27,6 +27,7 @@ pub use self::{
 
 mod access;
 mod actor;
+mod backend;
 mod error;
 mod exam;
 mod migration;

@@ -40,8 +40,11 @@ struct Away(watch::Sender<Arc<Observation>>);
 
 #[async_trait]
 impl Environment for Away {
-    fn kind(&self) -> &'static str {
-        "away"
+    fn place(&self) -> String {
+        "away".to_owned()
+    }
+    fn makes(&self) -> String {
+        "away".to_owned()
     }
     async fn check(&self) -> Result<(), EnvironmentError> {
         Err(EnvironmentError::Unavailable("away".into()))

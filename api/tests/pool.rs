@@ -144,7 +144,7 @@ async fn one_that_dies_is_replaced_and_a_crashed_server_finds_its_pool_again() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_exam_whose_environments_fail_is_tried_again_ever_more_slowly_and_at_once_when_it_is_changed() {
     let world = World::sqlite().await;
-    let broken = warm_exam(3, serde_json::json!({ "setup": "exit 7" }));
+    let broken = warm_exam(3, serde_json::json!({ "setup": "sleep 0.3; exit 7" }));
     let server = world.server().await;
     server.store.put_exam(&broken).await.unwrap();
     rows(&server, &[(WarmState::Making, 3)]).await;

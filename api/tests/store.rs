@@ -76,6 +76,7 @@ on_both! {
     no_error_shows_a_value,
     long_details_are_cut_at_a_character,
     of_fifty_claims_at_once_no_two_get_the_same,
+    sessions_are_not_looked_for_where_they_never_were,
     a_claim_takes_what_is_ready_and_of_its_recipe_only,
     a_claim_that_comes_to_nothing_gives_back_what_it_took,
     replicas_that_plan_at_once_name_no_more_than_the_exam_wants,
@@ -829,6 +830,43 @@ async fn a_claim_takes_what_is_ready_and_of_its_recipe_only(_: &Database, store:
     assert_eq!(store.warm_environments().await.unwrap(), []);
 }
 
+async fn sessions_are_not_looked_for_where_they_never_were(database: &Database, store: Store) {
+    let other = Store::open(&database.url).await.unwrap();
+    // Nobody has said anything: a command is as good as any.
+    other.work_at("there", None).await.unwrap();
+    store.work_at("here", Some("a")).await.unwrap();
+    let exam = Exam { warm: 1, ..exam() };
+    keep_warm(&store, &exam).await;
+    let session = created(&store).await;
+    let begun = store.provision(&session, &Recipe::of(&exam), EnvironmentId::new()).await.unwrap().session;
+    for makes in [None, Some("a")] {
+        let refused = other.work_at("there", makes).await.unwrap_err();
+        let told = refused.to_string();
+        assert!(
+            told.contains("1 sessions") && told.contains("in here") && told.contains("in there"),
+            "{told}"
+        );
+    }
+    // The same server again, and a command beside it, leave everything as it is.
+    keep_warm(&store, &exam).await;
+    store.work_at("here", Some("a")).await.unwrap();
+    other.work_at("here", None).await.unwrap();
+    let states = async || -> Vec<_> {
+        store.warm_environments().await.unwrap().into_iter().map(|row| row.state).collect()
+    };
+    assert_eq!(states().await, [WarmState::Ready]);
+    // Of another build, what is kept warm is of no use; the sessions go on.
+    store.work_at("here", Some("b")).await.unwrap();
+    assert_eq!(states().await, [WarmState::Ending]);
+    go(&store, &begun, State::Failed).await;
+    keep_warm(&store, &exam).await;
+    other.work_at("there", None).await.unwrap();
+    assert_eq!(states().await, [WarmState::Ending, WarmState::Ready], "a command changes nothing");
+    other.work_at("there", Some("b")).await.unwrap();
+    assert_eq!(states().await, [WarmState::Ending, WarmState::Ending]);
+    other.close().await;
+}
+
 async fn a_claim_that_comes_to_nothing_gives_back_what_it_took(_: &Database, store: Store) {
     let exam = Exam { warm: 1, ..exam() };
     keep_warm(&store, &exam).await;
@@ -845,11 +883,15 @@ async fn replicas_that_plan_at_once_name_no_more_than_the_exam_wants(database: &
     let stores = futures_util::future::join_all((0..4).map(|_| Store::open(&database.url))).await;
     let stores: Vec<_> = stores.into_iter().map(Result::unwrap).collect();
     let plans = stores.iter().map(|store| store.plan_warm(&exam.id, 0, 5));
-    let planned: usize = futures_util::future::join_all(plans).await.into_iter().map(Result::unwrap).sum();
+    let planned = futures_util::future::join_all(plans).await.into_iter().map(|named| named.unwrap().len());
+    let planned: usize = planned.sum();
     assert_eq!(planned, 5, "no more at once");
-    assert_eq!(store.plan_warm(&exam.id, 0, 100).await.unwrap(), 2);
-    assert_eq!(store.plan_warm(&exam.id, 0, 100).await.unwrap(), 0);
-    assert_eq!(store.plan_warm("no such exam", 0, 100).await.unwrap(), 0);
+    let named = store.plan_warm(&exam.id, 0, 100).await.unwrap();
+    assert_eq!(named.len(), 2);
+    let all = store.warm_environments().await.unwrap();
+    assert!(named.iter().all(|row| all.contains(row)), "what is told is what is kept");
+    assert_eq!(store.plan_warm(&exam.id, 0, 100).await.unwrap(), []);
+    assert_eq!(store.plan_warm("no such exam", 0, 100).await.unwrap(), []);
     let exams = store.warm_exams().await.unwrap();
     assert_eq!(
         exams.iter().map(|exam| (exam.exam_id.as_str(), exam.warm)).collect::<Vec<_>>(),

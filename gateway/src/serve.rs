@@ -127,6 +127,7 @@ impl Server {
         .await?;
         environment.check().await?;
         let store = Store::open_exclusive(&database_url(&options.database, &data_dir)?).await?;
+        store.work_at(&environment.place(), Some(&environment.makes())).await?;
         for exam in &exams {
             store.put_exam(exam).await?;
         }
@@ -163,7 +164,7 @@ impl Server {
             ssh = %ssh_bound,
             url = public.url,
             fingerprint = public.host_key_fingerprint,
-            environment = environment.kind(),
+            environment = environment.place(),
             exams = exams.len(),
             "carrel serves"
         );

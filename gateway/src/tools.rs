@@ -137,7 +137,9 @@ async fn context(options: &ToolCli) -> Result<Context, StartError> {
             local_share: &options.local_share,
             kubernetes: &options.kubernetes,
         };
-        Some(serve::environment(&places).await?)
+        let environment = serve::environment(&places).await?;
+        store.work_at(&environment.place(), None).await?;
+        Some(environment)
     } else {
         None
     };

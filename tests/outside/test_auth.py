@@ -19,8 +19,8 @@ import pytest
 
 from cluster import Cluster
 from harness import Server, Session, Ssh, rss_kib, told
-from waiting import wait_until
 from test_websocket import json_client
+from waiting import wait_until
 
 DENIED = b"Permission denied"
 

@@ -18,9 +18,9 @@ import pytest
 from playwright.sync_api import Browser
 
 from harness import Server, Session, Terminal
-from waiting import wait_until
 from test_browser import browser, connected  # noqa: F401 the fixture
 from test_websocket import ATTACHED, EXIT, binary_client, json_client
+from waiting import wait_until
 
 pytestmark = pytest.mark.local("cuts the unix socket of a sandbox")
 

@@ -23,8 +23,8 @@ from websockets.exceptions import ConnectionClosed
 from cluster import Cluster
 from faults import away, node_ready, recover
 from harness import Server, Session, Ssh, Terminal
-from waiting import Late, wait_until
 from test_websocket import ATTACHED, TERMINATION, BinaryClient, binary_client
+from waiting import Late, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -50,6 +50,14 @@ def exams(**setups: str) -> dict[str, str]:
 
 def setup(*lines: str) -> str:
     return "  setup: |\n" + "".join(f"    {line}\n" for line in lines)
+
+
+def kept_warm(server: Server) -> int:
+    """How many environments the next sessions could take."""
+    told = server.client.get("/metrics").text
+    found = re.search(r'^carrel_warm_environments\{state="ready"\} (\d+)$', told, re.MULTILINE)
+    assert found, told
+    return int(found[1])
 
 
 def pod_of(session: Session) -> str:
@@ -441,10 +449,11 @@ def found(session: Session, before: int, at: float) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_sessions_outlive_a_kubelet_that_is_away_until_the_node_is_not_ready(cluster: Cluster, new_server: Servers) -> None:
-    server = new_server(cluster=cluster, exams=exams())
+    server = new_server(cluster=cluster, exams=exams() | {"kept": f"warm: 1\n{SMALL}"})
     running, ended = server.create_session(ready=False), server.create_session(ready=False)
     for session in (running, ended):
         session.wait_state("ready", within=READY_WITHIN)
+    wait_until("one is kept warm", lambda: kept_warm(server) == 1, READY_WITHIN, every=0.5)
     graded = Command(running.ssh, "echo up; sleep 300")
     with counting(running) as terminal:
         with away(cluster, "kubelet", "stop") as fault:
@@ -457,6 +466,7 @@ def test_sessions_outlive_a_kubelet_that_is_away_until_the_node_is_not_ready(clu
             print(f"without a terminal: {line!r}")
             wait_until("the node is not ready", lambda: not node_ready(cluster), within=60, every=0.5)
             print(f"the node is not ready after {fault.seconds:.1f} s")
+            wait_until("what was kept warm there is given to nobody", lambda: kept_warm(server) == 0, SHOWN_WITHIN, every=0.5)
             refused, error = post(server)
             assert refused, error
             reason = failed(refused, "unschedulable", within=8 + SHOWN_WITHIN)["lifecycle_reason"]
@@ -474,6 +484,8 @@ def test_sessions_outlive_a_kubelet_that_is_away_until_the_node_is_not_ready(clu
             new, error = post(server)
             assert new, error
             new.wait_state("ready", within=READY_WITHIN)
+            wait_until("one is kept warm again", lambda: kept_warm(server) == 1, 90, every=0.5)
+            server.ok("PUT", "/exams/kept", server.ok("GET", "/exams/kept") | {"warm": 0})
 
 
 @pytest.mark.slow

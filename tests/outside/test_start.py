@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from harness import BINARY, Demo, Server, free_port, processes_that_mention, told
+from harness import BINARY, Demo, Server, Session, free_port, processes_that_mention, told
 from waiting import wait_until
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
@@ -245,6 +245,32 @@ def test_errors_of_the_command_line_are_json(server: Server) -> None:
     error = json.loads(done.stderr)
     assert error["error"] is True and error["code"] and error["message"] and isinstance(error["details"], dict), error
     assert done.returncode in (3, 4), told(done)
+
+
+def test_a_command_with_other_settings_than_the_server_is_refused(session: Session, tmp_path: Path) -> None:
+    database = f"sqlite:{session.server.data_dir}/carrel.db"
+    words = ("--session-id", session.id, "--database-url", database)
+    for settings in (("--data-dir", str(tmp_path)), ("--environment", "kubernetes", "--kubernetes-kubeconfig", str(kubeconfig(tmp_path)))):
+        for verb in ("status", "destroy", "create"):
+            done = session.server.cli("execution-environment", verb, *words, *settings)
+            assert done.returncode == 1, told(done)
+            error = json.loads(done.stderr)
+            assert error["code"] == "BACKEND_UNAVAILABLE", error
+            assert str(session.server.data_dir) in error["message"] and "session-lifecycle transition" in error["message"], error
+    assert session.get()["lifecycle_state"] in ("ready", "running")
+    assert session.ssh.out("echo here") == "here"
+
+
+def kubeconfig(directory: Path) -> Path:
+    """Of a cluster that is not there."""
+    file = directory / "kubeconfig"
+    file.write_text(json.dumps({
+        "apiVersion": "v1", "kind": "Config", "current-context": "c",
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}],
+        "users": [{"name": "u", "user": {}}],
+    }))
+    return file
 
 
 # --- ending ------------------------------------------------------------------------------------------------------

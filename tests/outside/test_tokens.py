@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from cluster import Cluster
 from harness import Server
-from waiting import wait_until
 from test_start import refused, serve
+from waiting import wait_until
 
 ISSUER, AUDIENCE = "https://platform.example", "carrel"
 

@@ -50,7 +50,7 @@ pub async fn run(verb: &ExecutionEnvironment, context: &Context) -> Result<Outpu
     }
 }
 
-/// Runs the lifecycle as one more replica until the session is ready.
+/// Runs the lifecycle of this session as one more replica until it is ready.
 async fn create(context: &Context, id: &str, within: Duration) -> Result<Output, Failed> {
     let refused = |reason: &str, message: &str| {
         failed(Exit::General, "ENVIRONMENT_CREATE_FAILED", message, json!({"reason": reason}))
@@ -58,7 +58,8 @@ async fn create(context: &Context, id: &str, within: Duration) -> Result<Output,
     let session = context.session(id).await?;
     let environment = context.environment()?;
     environment.check().await?;
-    let lifecycle = Lifecycle::passing(
+    let lifecycle = Lifecycle::only(
+        session.id,
         context.store.clone(),
         Arc::clone(environment),
         Links::new(Arc::clone(environment)),
@@ -95,7 +96,8 @@ async fn destroy(context: &Context, id: &str) -> Result<Output, Failed> {
     let session = context.session(id).await?;
     let environment = context.environment()?;
     if !session.state.is_terminal() {
-        let lifecycle = Lifecycle::passing(
+        let lifecycle = Lifecycle::only(
+            session.id,
             context.store.clone(),
             Arc::clone(environment),
             Links::new(Arc::clone(environment)),

@@ -30,6 +30,7 @@ use kube::{
     Resource as _,
     api::{AttachParams, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions, Request},
 };
+use serde_json::json;
 use tokio::{
     sync::{OnceCell, mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, timeout, timeout_at},
@@ -43,7 +44,7 @@ use tracing::Instrument;
 pub use options::KubernetesOptions;
 
 use self::{
-    cluster::{Cluster, Fault, backoff},
+    cluster::{Cluster, backoff},
     exec::ExecStream,
     observer::{Observer, selector},
 };
@@ -64,8 +65,10 @@ const DESTROY: Duration = Duration::from_secs(15);
 const FORCE: Duration = Duration::from_secs(30);
 /// How often a pod that is being destroyed is looked for, past the watch.
 const LOOK: Duration = Duration::from_secs(1);
-/// How often network policies are looked through. One that twice belongs to no pod is removed.
-const SWEEP: Duration = Duration::from_secs(25);
+/// How often network policies are looked through.
+const SWEEP: Duration = Duration::from_secs(15);
+/// One that belongs to no pod for so long is removed: longer than all attempts at making its pod.
+const ALONE: Duration = Duration::from_secs(45);
 
 /// The environments of one namespace.
 pub struct KubernetesEnvironment {
@@ -110,8 +113,21 @@ impl KubernetesEnvironment {
 
 #[async_trait]
 impl Environment for KubernetesEnvironment {
-    fn kind(&self) -> &'static str {
-        "kubernetes"
+    fn place(&self) -> String {
+        format!("the Kubernetes namespace {}", self.inner.cluster.namespace)
+    }
+
+    fn makes(&self) -> String {
+        let options = &self.inner.options;
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "agent": [&options.agent_image, &options.agent_path],
+            "default_image": options.default_image,
+            "node_selector": options.node_selector,
+            "runtime_class": options.runtime_class,
+            "closed_cidr": options.closed_cidr,
+        })
+        .to_string()
     }
 
     async fn check(&self) -> Result<(), EnvironmentError> {
@@ -133,7 +149,8 @@ impl Environment for KubernetesEnvironment {
     }
 
     async fn create(&self, request: &Create) -> Result<(), EnvironmentError> {
-        self.inner.create(request).await
+        let shown = self.observation.borrow().environments.contains_key(&request.environment_id);
+        self.inner.create(request, shown).await
     }
 
     fn observe(&self) -> watch::Receiver<Arc<Observation>> {
@@ -214,7 +231,13 @@ impl Inner {
         }
     }
 
-    async fn create(&self, request: &Create) -> Result<(), EnvironmentError> {
+    /// A quota counts what is asked for before anybody looks whether it is there: so what is `shown` is not asked for again, and
+    /// a refusal is believed only when the pod is not there.
+    async fn create(&self, request: &Create, shown: bool) -> Result<(), EnvironmentError> {
+        let id = request.environment_id;
+        if shown && let Some(pod) = self.find(id).await? {
+            return usable(&pod);
+        }
         let pod = pod::pod(request, &self.options).map_err(internal)?;
         let opened = policy::opened(request, &self.options).map_err(internal)?;
         // Both before the pod: it is never without them.
@@ -223,31 +246,26 @@ impl Inner {
             self.create_policy(opened).await?;
         }
         let post = PostParams::default();
-        let made = match self.cluster.call(|| self.cluster.pods.create(&post, &pod)).await {
-            Ok(_) => Ok(()),
-            // Ours, from a call whose answer was lost, or from before.
-            Err(fault) if fault.is_already_there() => return self.is_usable(request.environment_id).await,
-            Err(fault) => Err(fault.into_error("pod")),
+        let fault = match self.cluster.call(|| self.cluster.pods.create(&post, &pod)).await {
+            Ok(_) => return Ok(()),
+            Err(fault) => fault,
         };
-        if opened.is_some() && matches!(made, Err(EnvironmentError::Refused(_))) {
-            self.delete_policy(request.environment_id).await?;
+        let is_there = fault.is_already_there();
+        let error = fault.into_error("pod");
+        if !matches!(error, EnvironmentError::Refused(_)) {
+            return Err(error);
         }
-        made
-    }
-
-    /// An environment that has ended is not made anew under its name.
-    async fn is_usable(&self, id: EnvironmentId) -> Result<(), EnvironmentError> {
-        let Some(pod) = self.find(id).await? else {
+        // Perhaps it is ours, from a call whose answer was lost, or from before.
+        if let Some(pod) = self.find(id).await? {
+            return usable(&pod);
+        }
+        if is_there {
             return Err(EnvironmentError::Unavailable("the pod has just gone".to_owned()));
-        };
-        match phase::read(&pod, Duration::MAX, false).settled() {
-            Phase::Starting { .. } | Phase::Up => Ok(()),
-            Phase::Failed(reason) => Err(EnvironmentError::Refused(reason)),
-            Phase::Ending => {
-                let reason = Reason::new(ReasonCode::EnvironmentLost, "the pod of this name is being ended");
-                Err(EnvironmentError::Refused(reason))
-            }
         }
+        if opened.is_some() {
+            self.delete_policy(id).await?;
+        }
+        Err(error)
     }
 
     async fn exec(
@@ -327,6 +345,7 @@ impl Inner {
             Err(fault) if fault.is_not_found() => return Ok(()),
             Err(fault) => return Err(fault.into_error("pod")),
         }
+        let mut forced = false;
         loop {
             let look = (Instant::now() + LOOK).min(deadline);
             let absent = async {
@@ -340,10 +359,12 @@ impl Inner {
             // A pod that the watch has not shown yet is absent there, too: the API server has the last word.
             let seen_absent = timeout_at(look, absent).await.is_ok();
             let Some(pod) = self.find(id).await? else { return Ok(()) };
-            if begun.elapsed() >= FORCE {
-                self.force(&name, &pod).await?;
-            } else if Instant::now() >= deadline {
+            if Instant::now() >= deadline {
                 return Err(EnvironmentError::Unavailable(format!("the pod {name} is still being ended")));
+            }
+            if !forced && begun.elapsed() >= FORCE {
+                self.force(&name, &pod).await?;
+                forced = true;
             } else if seen_absent {
                 tokio::time::sleep_until(look).await;
             }
@@ -366,15 +387,11 @@ impl Inner {
     }
 
     async fn delete_policy(&self, id: EnvironmentId) -> Result<(), EnvironmentError> {
-        self.delete_policy_named(&pod::name(id)).await.map_err(|fault| fault.into_error("network policy"))
-    }
-
-    async fn delete_policy_named(&self, name: &str) -> Result<(), Fault> {
-        let at_once = DeleteParams::default();
-        match self.cluster.call(|| self.cluster.policies.delete(name, &at_once)).await {
+        let (name, at_once) = (pod::name(id), DeleteParams::default());
+        match self.cluster.call(|| self.cluster.policies.delete(&name, &at_once)).await {
             Ok(_) => Ok(()),
             Err(fault) if fault.is_not_found() => Ok(()),
-            Err(fault) => Err(fault),
+            Err(fault) => Err(fault.into_error("network policy")),
         }
     }
 
@@ -383,11 +400,23 @@ impl Inner {
     }
 }
 
+/// An environment that has ended is not made anew under its name.
+fn usable(pod: &Pod) -> Result<(), EnvironmentError> {
+    match phase::read(pod, Duration::MAX, false).settled() {
+        Phase::Starting { .. } | Phase::Up => Ok(()),
+        Phase::Failed(reason) => Err(EnvironmentError::Refused(reason)),
+        Phase::Ending => {
+            let reason = Reason::new(ReasonCode::EnvironmentLost, "the pod of this name is being ended");
+            Err(EnvironmentError::Refused(reason))
+        }
+    }
+}
+
 /// Removes network policies that a server which ended in the middle has left, and closes a namespace that somebody has opened.
 async fn sweep(inner: Arc<Inner>, observation: watch::Receiver<Arc<Observation>>) {
     let mut ticks = interval(SWEEP);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut suspects = BTreeSet::new();
+    let mut suspects = BTreeMap::new();
     loop {
         ticks.tick().await;
         {
@@ -398,38 +427,36 @@ async fn sweep(inner: Arc<Inner>, observation: watch::Receiver<Arc<Observation>>
             // Those are told apart by the pods that exist: an id without a pod needs no clock.
             inner.ending().retain(|id, _| shown.environments.contains_key(id));
         }
-        match look_through(&inner, &observation, &suspects).await {
-            Ok(alone) => suspects = alone,
-            Err(fault) => tracing::warn!(%fault, "network policies could not be looked through"),
+        if let Err(fault) = look_through(&inner, &observation, &mut suspects).await {
+            tracing::warn!(%fault, "network policies could not be looked through");
         }
     }
 }
 
-/// Removes the suspects that are still alone; returns all that are.
+/// Removes what has been alone for long; keeps since when the others are.
 async fn look_through(
     inner: &Inner,
     observation: &watch::Receiver<Arc<Observation>>,
-    suspects: &BTreeSet<String>,
-) -> Result<BTreeSet<String>, EnvironmentError> {
+    suspects: &mut BTreeMap<EnvironmentId, Instant>,
+) -> Result<(), EnvironmentError> {
     inner.close_namespace().await?;
-    let parameters = ListParams { label_selector: Some(selector()), ..ListParams::default() };
-    let found = inner
-        .cluster
-        .call(|| inner.cluster.policies.list_metadata(&parameters))
-        .await
-        .map_err(|fault| fault.into_error("network policies"))?;
-    let names: BTreeSet<String> = observation.borrow().environments.keys().map(|id| pod::name(*id)).collect();
-    let alone: BTreeSet<_> = found
-        .items
-        .into_iter()
-        .filter_map(|policy| policy.metadata.name)
-        .filter(|name| !names.contains(name))
-        .collect();
-    for name in alone.intersection(suspects) {
-        tracing::info!(name, "removing a network policy without a pod");
-        inner.delete_policy_named(name).await.map_err(|fault| fault.into_error("network policy"))?;
+    let parameters = ListParams::default().labels(&selector());
+    let found = inner.cluster.call(|| inner.cluster.policies.list_metadata(&parameters)).await;
+    let found = found.map_err(|fault| fault.into_error("network policies"))?;
+    let named = found.items.iter().filter_map(|policy| pod::environment_id(policy.metadata.name.as_deref()?));
+    let alone: BTreeSet<_> = {
+        let shown = observation.borrow();
+        named.filter(|id| !shown.environments.contains_key(id)).collect()
+    };
+    suspects.retain(|id, _| alone.contains(id));
+    for id in alone {
+        let since = *suspects.entry(id).or_insert_with(Instant::now);
+        if since.elapsed() >= ALONE && inner.find(id).await?.is_none() {
+            tracing::info!(environment_id = %id, "removing a network policy without a pod");
+            inner.delete_policy(id).await?;
+        }
     }
-    Ok(alone)
+    Ok(())
 }
 
 /// Resolves with the reason when an environment that was there is not, or is ending.

@@ -141,8 +141,12 @@ impl LocalEnvironment {
 
 #[async_trait]
 impl Environment for LocalEnvironment {
-    fn kind(&self) -> &'static str {
-        "local"
+    fn place(&self) -> String {
+        format!("local environments of {}", self.inner.data_dir.display())
+    }
+
+    fn makes(&self) -> String {
+        env!("CARGO_PKG_VERSION").to_owned()
     }
 
     async fn check(&self) -> Result<(), EnvironmentError> {

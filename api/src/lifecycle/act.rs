@@ -29,7 +29,7 @@ impl Lifecycle {
     pub(super) async fn confirm(&self, session: Session) -> Done {
         let Some(id) = session.environment_id else { return Done::Again };
         let inspected = {
-            let Ok(_turn) = self.ending.acquire().await else { return Done::Again };
+            let Ok(_turn) = self.confirming.acquire().await else { return Done::Again };
             self.environment.inspect(id).await
         };
         let reason = match inspected.map(|observed| observed.map(|observed| observed.phase)) {

@@ -13,6 +13,9 @@ pub const START_TIMEOUT_MS: i64 = 60_000;
 /// A session that nobody was attached to for this many times its exam's duration is abandoned.
 pub const ABANDONED_AFTER_DURATIONS: i64 = 2;
 
+/// Of a session whose backend cannot be seen from here, ms: perhaps another replica can see it, and starts it.
+pub const LEFT_TO_OTHERS_MS: i64 = 5_000;
+
 /// What is known about a session's environment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Seen {
@@ -80,6 +83,9 @@ pub fn decide(session: &Session, seen: &Seen, now: i64) -> Step {
         return end(to, overdue(session, code));
     }
     match (session.state, seen) {
+        (State::Created, Seen::Unknown) if now < left_to_others(session) => {
+            Step::Wait { until: left_to_others(session) }
+        }
         (State::Created, _) => Step::Provision,
         (_, Seen::Present(Phase::Failed(reason))) => end(State::Failed, reason.clone()),
         (_, Seen::Present(Phase::Ending)) => end(
@@ -96,6 +102,10 @@ pub fn decide(session: &Session, seen: &Seen, now: i64) -> Step {
 #[must_use]
 pub fn next_deadline(session: &Session) -> Option<i64> {
     (!session.state.is_terminal()).then(|| deadline(session).0)
+}
+
+const fn left_to_others(session: &Session) -> i64 {
+    session.created_at.saturating_add(LEFT_TO_OTHERS_MS)
 }
 
 /// The next deadline of a session that has not ended, and how and why it ends then.

@@ -69,6 +69,8 @@ pub(super) trait Witness: Send {
 pub(super) struct Making<'a> {
     pub lifecycle: &'a Arc<Lifecycle>,
     pub request: &'a Create,
+    /// Its name was given by this process just now: nobody else can have begun.
+    pub new: bool,
     /// How many may call the backend and agents at once.
     pub turns: &'a Semaphore,
     pub cancel: &'a CancellationToken,
@@ -78,7 +80,10 @@ impl Making<'_> {
     /// Until the agent has answered and the exam's setup script, if there is one, has run.
     pub(super) async fn run(&self, witness: &mut impl Witness) -> Result<(), Stop> {
         let mut observation = self.lifecycle.environment.observe();
-        self.create().await?;
+        // Whoever named it has it made; if it does not appear, it is made here.
+        if self.new {
+            self.create().await?;
+        }
         let link = self.reach(&mut observation, witness).await?;
         if let Some(script) = &self.request.spec.setup {
             witness.step(PREPARING).await?;

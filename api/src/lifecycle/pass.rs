@@ -89,7 +89,16 @@ impl Lifecycle {
         // that one without a row is nobody's.
         let observation = Arc::clone(&self.environment.observe().borrow());
         let warm = self.pool_rows(memory).await?;
-        let rows = self.store.unreleased_sessions().await?;
+        let rows = match self.only {
+            Some(id) => self
+                .store
+                .session(id)
+                .await?
+                .into_iter()
+                .filter(|session| session.released_at.is_none())
+                .collect(),
+            None => self.store.unreleased_sessions().await?,
+        };
         self.tell(&rows).await?;
         let now = self.now_ms();
         let mut next = i64::MAX;
@@ -127,7 +136,7 @@ impl Lifecycle {
 
     /// The pool's rows when it is time to look at them.
     async fn pool_rows(&self, memory: &mut Memory) -> Result<Option<Vec<WarmEnvironment>>, StoreError> {
-        if !self.stays || memory.pool_read.is_some_and(|at| at.elapsed() < POOL_APART) {
+        if self.only.is_some() || memory.pool_read.is_some_and(|at| at.elapsed() < POOL_APART) {
             return Ok(None);
         }
         let rows = self.store.warm_environments().await?;

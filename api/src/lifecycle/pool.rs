@@ -47,7 +47,10 @@ enum Step {
     /// Nothing.
     Rest,
     /// See that it is made, answers and is set up.
-    Make,
+    Make {
+        /// It has just been named, by this process.
+        new: bool,
+    },
     /// It seems lost: look at it directly.
     Confirm,
     /// Take it out of the pool; the reason if it failed.
@@ -71,8 +74,15 @@ fn plan(rows: &[WarmEnvironment], exams: &[WarmExam], observation: &Observation,
     let mut fresh: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
     let mut aged: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
     for (index, row) in rows.iter().enumerate() {
-        let step = alone(row, &Seen::at(Some(row.id), observation), now);
-        if matches!(step, Step::Rest | Step::Make | Step::Confirm) {
+        let cut_off = observation.environments.get(&row.id).is_some_and(|observed| observed.cut_off);
+        let step = match alone(row, &Seen::at(Some(row.id), observation), now) {
+            Step::Rest if cut_off => {
+                let why = "The machine of the environment is away.";
+                Step::End(Some(Reason::new(ReasonCode::EnvironmentLost, why)))
+            }
+            step => step,
+        };
+        if matches!(step, Step::Rest | Step::Make { .. } | Step::Confirm) {
             let group = if row.created_at > freshest(now) { &mut fresh } else { &mut aged };
             group.entry(&row.exam_id).or_default().push(index);
         }
@@ -119,7 +129,7 @@ fn alone(row: &WarmEnvironment, seen: &Seen, now: i64) -> Step {
             Step::End(Some(Reason::new(ReasonCode::EnvironmentLost, why)))
         }
         (WarmState::Making, _) if age >= START_TIMEOUT_MS => Step::End(Some(ReasonCode::StartTimeout.into())),
-        (WarmState::Making, _) => Step::Make,
+        (WarmState::Making, _) => Step::Make { new: false },
         (WarmState::Ready, Seen::Absent) => Step::Confirm,
         (WarmState::Ready, _) => Step::Rest,
     }
@@ -148,8 +158,9 @@ impl Lifecycle {
                 Some(_) => 1,
                 None => AT_ONCE,
             };
-            if self.store.plan_warm(&exam.exam_id, freshest(now), at_once).await? > 0 {
-                self.wake();
+            for row in self.store.plan_warm(&exam.exam_id, freshest(now), at_once).await? {
+                subjects.insert(Subject::Warm(row.id));
+                self.attend(&row, Step::Make { new: true });
             }
         }
         Ok(())
@@ -159,7 +170,7 @@ impl Lifecycle {
         let subject = Subject::Warm(row.id);
         let kind = match step {
             Step::Rest => return self.rest(subject, false),
-            Step::Make => Kind::Start,
+            Step::Make { .. } => Kind::Start,
             Step::Confirm => Kind::Confirm,
             Step::End(_) => Kind::End,
             Step::Destroy => Kind::Destroy,
@@ -169,7 +180,7 @@ impl Lifecycle {
         self.take_off(subject, kind, span, |cancel| async move {
             let done = match step {
                 Step::Rest => Ok(Done::Yes),
-                Step::Make => this.warm_up(&row, &cancel).await,
+                Step::Make { new } => this.warm_up(&row, new, &cancel).await,
                 Step::Confirm => this.confirm_warm(&row).await,
                 Step::End(failure) => this.retire(&row, failure).await,
                 Step::Destroy => this.destroy_warm(&row).await,
@@ -184,6 +195,7 @@ impl Lifecycle {
     async fn warm_up(
         self: &Arc<Self>,
         row: &WarmEnvironment,
+        new: bool,
         cancel: &CancellationToken,
     ) -> Result<Done, StoreError> {
         let Some(recipe) = self.store.warm_recipe(row.id).await? else { return Ok(Done::Yes) };
@@ -194,7 +206,7 @@ impl Lifecycle {
             lifetime_seconds: recipe.lifetime_seconds().saturating_add(KEPT_MS.unsigned_abs() / 1000),
             spec: recipe.environment,
         };
-        let making = Making { lifecycle: self, request: &request, turns: &self.warming, cancel };
+        let making = Making { lifecycle: self, request: &request, new, turns: &self.warming, cancel };
         match making.run(&mut Nobody).await {
             Ok(()) => {
                 if self.store.move_warm(row.id, WarmState::Making, WarmState::Ready).await? {
@@ -205,6 +217,8 @@ impl Lifecycle {
             }
             Err(Stop::Yield) => Ok(Done::Yes),
             Err(Stop::Again) => Ok(Done::Again),
+            // Perhaps only from here: what nobody makes in time is given up.
+            Err(Stop::Fail(reason)) if reason.code == ReasonCode::ClusterUnavailable => Ok(Done::Again),
             Err(Stop::Fail(reason)) => self.retire(row, Some(reason)).await,
         }
     }
@@ -283,6 +297,7 @@ mod tests {
     fn look(rows: &[WarmEnvironment]) -> Observation {
         let up = |row: &WarmEnvironment| {
             let observed = Observed {
+                cut_off: false,
                 phase: Phase::Up,
                 name: String::new(),
                 namespace: String::new(),
@@ -308,7 +323,7 @@ mod tests {
         use WarmState::{Ending, Making, Ready};
         let decided = |state, age, seen: &Seen| alone(&row(state, age), seen, NOW);
         for seen in [&Seen::Unknown, &Seen::Absent, &up] {
-            assert_eq!(decided(Making, 0, seen), Step::Make);
+            assert_eq!(decided(Making, 0, seen), Step::Make { new: false });
             assert_eq!(
                 decided(Making, START_TIMEOUT_MS, seen),
                 Step::End(Some(ReasonCode::StartTimeout.into()))
@@ -332,9 +347,20 @@ mod tests {
         use WarmState::{Making, Ready};
         let rows = [row(Ready, 2), row(Making, 1)];
         let seen = look(&rows);
-        assert_eq!(of(&rows, 3, &seen), (vec![Step::Rest, Step::Make], 1));
-        assert_eq!(of(&rows, 2, &seen), (vec![Step::Rest, Step::Make], 0));
+        assert_eq!(of(&rows, 3, &seen), (vec![Step::Rest, Step::Make { new: false }], 1));
+        assert_eq!(of(&rows, 2, &seen), (vec![Step::Rest, Step::Make { new: false }], 0));
         assert_eq!(of(&rows, 1, &seen), (vec![Step::Rest, Step::End(None)], 0));
+    }
+
+    #[test]
+    fn what_nobody_reaches_is_not_given_to_anybody() {
+        use WarmState::{Making, Ready};
+        let rows = [row(Ready, 2), row(Making, 1)];
+        let mut seen = look(&rows);
+        seen.environments.values_mut().for_each(|observed| observed.cut_off = true);
+        let (steps, short) = of(&rows, 2, &seen);
+        assert!(matches!(steps[0], Step::End(Some(_))), "{steps:?}");
+        assert_eq!((&steps[1], short), (&Step::Make { new: false }, 1));
     }
 
     #[test]
@@ -344,7 +370,7 @@ mod tests {
         let rows = [row(Ready, old)];
         assert_eq!(of(&rows, 1, &look(&rows)), (vec![Step::Rest], 1));
         let rows = [row(Ready, old), row(Making, 1)];
-        assert_eq!(of(&rows, 1, &look(&rows)), (vec![Step::Rest, Step::Make], 0));
+        assert_eq!(of(&rows, 1, &look(&rows)), (vec![Step::Rest, Step::Make { new: false }], 0));
         let rows = [row(Ready, old), row(Ready, 1)];
         assert_eq!(of(&rows, 1, &look(&rows)), (vec![Step::End(None), Step::Rest], 0));
     }

@@ -39,12 +39,13 @@ impl Lifecycle {
     ) -> Result<(), Stop> {
         let exam = self.store.environment_exam(session).await?;
         let recipe = Recipe::of(&exam);
-        let mut prepared = false;
+        let (mut new, mut prepared) = (false, false);
         if session.state == State::Created {
             // The name is committed before anything has it: whatever is found later can be traced to its session.
             let begun = self.store.provision(session, &recipe, EnvironmentId::new()).await?;
             self.changed(session, &begun.session, &Actor::System);
             *session = begun.session;
+            new = !begun.warm;
             prepared = begun.warm && self.is_up(session);
         }
         let Some(id) = session.environment_id else { return Err(Stop::Yield) };
@@ -60,7 +61,7 @@ impl Lifecycle {
                 lifetime_seconds: recipe.lifetime_seconds(),
                 spec: recipe.environment,
             };
-            let making = Making { lifecycle: self, request: &request, turns: &self.starting, cancel };
+            let making = Making { lifecycle: self, request: &request, new, turns: &self.starting, cancel };
             making.run(&mut Progress { lifecycle: self, session }).await?;
         }
         loop {

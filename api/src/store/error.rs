@@ -20,6 +20,18 @@ pub enum StoreError {
     /// Another server works on this SQLite file.
     #[error("{} is used by another carrel server: stop that one, give this one its own --database-url, or use PostgreSQL to run several", .0.display())]
     InUse(PathBuf),
+    /// Sessions of this database run at another place.
+    #[error(
+        "{live} sessions of this database run in {known}, and would be lost in {asked}: use the settings of the server that made them, or end them first (`carrel session-lifecycle transition`)"
+    )]
+    Elsewhere {
+        /// Where they run.
+        known: String,
+        /// Where this process would look for them.
+        asked: String,
+        /// How many they are.
+        live: i64,
+    },
     /// The schema is of a newer version.
     #[error("the database was made by a newer version of carrel: start that version or a later one")]
     Newer,

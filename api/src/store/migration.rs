@@ -22,12 +22,13 @@ macro_rules! step {
 }
 
 /// Number, name, text (of SQLite), text of PostgreSQL where it is another one.
-const STEPS: [(i64, &str, &str, Option<&str>); 5] = [
+const STEPS: [(i64, &str, &str, Option<&str>); 6] = [
     step!(each 1 "0001_clock"),
     step!(common 2 "0002_session"),
     step!(common 3 "0003_access"),
     step!(each 4 "0004_guard"),
     step!(common 5 "0005_warm"),
+    step!(common 6 "0006_backend"),
 ];
 
 fn migrator(dialect: Dialect) -> Migrator {

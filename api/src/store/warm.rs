@@ -183,11 +183,16 @@ impl Store {
     }
 
     /// Names environments for an exam until it has as many as it wants, counting those named after `since` (ms), but no more than
-    /// `at_once` on their way. Replicas that do so at the same time take turns and do not name too many.
+    /// `at_once` on their way. Replicas that do so at the same time take turns and do not name too many. Returns those it named.
     ///
     /// # Errors
     /// [`StoreError::Unavailable`].
-    pub async fn plan_warm(&self, exam_id: &str, since: i64, at_once: usize) -> Result<usize, StoreError> {
+    pub async fn plan_warm(
+        &self,
+        exam_id: &str,
+        since: i64,
+        at_once: usize,
+    ) -> Result<Vec<WarmEnvironment>, StoreError> {
         self.bounded(async {
             let mut write = self.write().await?;
             // The lock by which replicas take turns.
@@ -198,7 +203,7 @@ impl Store {
                     .await?;
             let Some(exam) = exam else {
                 write.rollback().await?;
-                return Ok(0);
+                return Ok(Vec::new());
             };
             let (warm, recipe): (i64, String) = (exam.try_get("warm")?, exam.try_get("recipe")?);
             let row = sqlx::query(
@@ -215,19 +220,22 @@ impl Store {
             let (fresh, making): (i64, i64) = (row.try_get("fresh")?, row.try_get("making")?);
             let at_once = i64::try_from(at_once).unwrap_or(i64::MAX);
             let missing = warm.saturating_sub(fresh).min(at_once.saturating_sub(making)).max(0);
+            let mut named = Vec::new();
             for _ in 0..missing {
-                sqlx::query(
+                let row = sqlx::query(
                     "insert into warm_environment (environment_id, exam_id, recipe, state, created_at)
-                     values ($1, $2, $3, 'making', (select now_ms from clock))",
+                     values ($1, $2, $3, 'making', (select now_ms from clock))
+                     returning environment_id, exam_id, state, created_at, cast(1 as bigint) as wanted",
                 )
                 .bind(EnvironmentId::new().to_string())
                 .bind(exam_id.to_owned())
                 .bind(recipe.clone())
-                .execute(&mut *write.sql)
+                .fetch_one(&mut *write.sql)
                 .await?;
+                named.push(warm_environment(&row)?);
             }
             write.commit().await?;
-            Ok(usize::try_from(missing).unwrap_or_default())
+            Ok(named)
         })
         .await
     }

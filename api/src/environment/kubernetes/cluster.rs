@@ -164,7 +164,7 @@ impl Cluster {
                 // A quota that is being written by many at once answers with a conflict.
                 let conflict = status.code == 409 && status.reason == "Conflict";
                 match status.code {
-                    429 | 500..=599 => {
+                    _ if conflict || matches!(status.code, 429 | 500..=599) => {
                         let why = format!("{} answers: {}", self.server, plain(&status.message));
                         (Fault::Unavailable(why), true)
                     }
@@ -172,7 +172,7 @@ impl Cluster {
                         let why = format!("{} does not accept the credentials it was given", self.server);
                         (Fault::Unavailable(why), false)
                     }
-                    _ => (Fault::Answer(status), conflict),
+                    _ => (Fault::Answer(status), false),
                 }
             }
             other => (Fault::Unavailable(format!("{}: {}", self.server, chain(&other))), true),

@@ -27,6 +27,10 @@ use crate::{
 
 /// A watch is opened anew after this, seconds; the API server sends a bookmark about every minute.
 const WATCH: u32 = 240;
+/// A watch that brings not even a bookmark for this long has lost the API server, whatever its connection says.
+const SILENCE: Duration = Duration::from_secs(100);
+/// A watch that ends sooner than this without a word is no watch.
+const SHORT: Duration = Duration::from_secs(1);
 /// How often the API server is asked whether it is there: a watch that is silent says nothing.
 const PROBE: Duration = Duration::from_secs(3);
 /// How often doubts are looked at.
@@ -108,9 +112,17 @@ impl Observer {
                     continue;
                 }
             };
-            failures = 0;
             loop {
-                match self.watch(&version).await {
+                let begun = Instant::now();
+                let stop = self.watch(&version).await;
+                if begun.elapsed() >= SHORT {
+                    failures = 0;
+                } else {
+                    // The list is answered and the watch is not: neither is to be asked for without a pause.
+                    failures += 1;
+                    tokio::time::sleep(backoff(failures)).await;
+                }
+                match stop {
                     Stop::Over(next) => version = next,
                     Stop::Lost(why) => {
                         tracing::info!(
@@ -128,8 +140,15 @@ impl Observer {
         if self.unavailable.is_none() {
             tracing::warn!(%why, "the cluster cannot be seen");
         }
-        self.unavailable = Some(why);
-        self.publish();
+        self.unavailable = Some(why.clone());
+        // The rest as it was seen last: what stood then has not stood on while nobody could see it.
+        self.out.send_if_modified(|shown| {
+            let changed = shown.unavailable.as_ref() != Some(&why);
+            if changed {
+                Arc::make_mut(shown).unavailable = Some(why);
+            }
+            changed
+        });
     }
 
     /// Everything there is, and the version to watch from.
@@ -150,6 +169,9 @@ impl Observer {
         self.pods.retain(|id, _| found.contains(id));
         if self.unavailable.take().is_some() {
             tracing::info!("the cluster can be seen again");
+            for (_, since) in self.pods.values_mut().filter_map(|seen| seen.doubt.as_mut()) {
+                *since = Instant::now();
+            }
         }
         self.complete = true;
         self.publish();
@@ -168,9 +190,11 @@ impl Observer {
         let mut ticks = interval(LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut probe = std::pin::pin!(probe(&cluster).fuse());
+        let mut heard = Instant::now();
         loop {
             tokio::select! {
                 (changes, end) = together(&mut stream, &mut version) => {
+                    heard = Instant::now();
                     for change in changes {
                         match change {
                             Change::Put(pod) => self.put(pod),
@@ -191,6 +215,9 @@ impl Observer {
                     if self.pods.values().any(|seen| seen.doubt.is_some()) {
                         self.publish();
                     }
+                }
+                () = tokio::time::sleep_until(heard + SILENCE) => {
+                    return Stop::Lost(Some(format!("the watch was silent for {} s", SILENCE.as_secs())));
                 }
                 why = &mut probe => {
                     self.away(why.clone());

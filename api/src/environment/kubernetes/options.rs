@@ -9,6 +9,7 @@ use clap::Args;
 pub struct KubernetesOptions {
     /// Namespace of the sessions' pods, used by nothing else
     #[arg(
+        global = true,
         long = "kubernetes-namespace",
         env = "CARREL_KUBERNETES_NAMESPACE",
         default_value = "carrel-sessions",
@@ -16,13 +17,24 @@ pub struct KubernetesOptions {
     )]
     pub namespace: String,
     /// Kubeconfig file; without it the cluster is found as kubectl finds it: KUBECONFIG, ~/.kube/config, in-cluster
-    #[arg(long = "kubernetes-kubeconfig", env = "CARREL_KUBERNETES_KUBECONFIG", value_name = "FILE")]
+    #[arg(
+        global = true,
+        long = "kubernetes-kubeconfig",
+        env = "CARREL_KUBERNETES_KUBECONFIG",
+        value_name = "FILE"
+    )]
     pub kubeconfig: Option<PathBuf>,
     /// Image that holds the agent as /carrel-agent
-    #[arg(long = "kubernetes-agent-image", env = "CARREL_KUBERNETES_AGENT_IMAGE", value_name = "IMAGE")]
+    #[arg(
+        global = true,
+        long = "kubernetes-agent-image",
+        env = "CARREL_KUBERNETES_AGENT_IMAGE",
+        value_name = "IMAGE"
+    )]
     pub agent_image: Option<String>,
     /// Absolute path of the agent in the exams' own images: then nothing is copied into them
     #[arg(
+        global = true,
         long = "kubernetes-agent-path",
         env = "CARREL_KUBERNETES_AGENT_PATH",
         value_name = "PATH",
@@ -30,10 +42,16 @@ pub struct KubernetesOptions {
     )]
     pub agent_path: Option<String>,
     /// Image of exams that name none
-    #[arg(long = "kubernetes-default-image", env = "CARREL_KUBERNETES_DEFAULT_IMAGE", value_name = "IMAGE")]
+    #[arg(
+        global = true,
+        long = "kubernetes-default-image",
+        env = "CARREL_KUBERNETES_DEFAULT_IMAGE",
+        value_name = "IMAGE"
+    )]
     pub default_image: Option<String>,
     /// Secret in the namespace to fetch images with; may be given more than once
     #[arg(
+        global = true,
         long = "kubernetes-image-pull-secret",
         env = "CARREL_KUBERNETES_IMAGE_PULL_SECRET",
         value_name = "SECRET",
@@ -41,8 +59,7 @@ pub struct KubernetesOptions {
     )]
     pub image_pull_secret: Vec<String>,
     /// Label of the nodes that take sessions; may be given more than once
-    #[arg(
-        long = "kubernetes-node-selector",
+    #[arg(global = true, long = "kubernetes-node-selector",
         env = "CARREL_KUBERNETES_NODE_SELECTOR",
         value_name = "KEY=VALUE",
         value_delimiter = ',',
@@ -50,10 +67,16 @@ pub struct KubernetesOptions {
     )]
     pub node_selector: Vec<(String, String)>,
     /// RuntimeClass of exams that name none
-    #[arg(long = "kubernetes-runtime-class", env = "CARREL_KUBERNETES_RUNTIME_CLASS", value_name = "NAME")]
+    #[arg(
+        global = true,
+        long = "kubernetes-runtime-class",
+        env = "CARREL_KUBERNETES_RUNTIME_CLASS",
+        value_name = "NAME"
+    )]
     pub runtime_class: Option<String>,
     /// Public addresses of the cluster or of the site that `network: internet` does not reach; private ones never are
     #[arg(
+        global = true,
         long = "kubernetes-closed-cidr",
         env = "CARREL_KUBERNETES_CLOSED_CIDR",
         value_name = "CIDR",
@@ -61,8 +84,7 @@ pub struct KubernetesOptions {
     )]
     pub closed_cidr: Vec<String>,
     /// Part of an exam's cpu that is reserved for it on its node
-    #[arg(
-        long = "kubernetes-cpu-request-percent",
+    #[arg(global = true, long = "kubernetes-cpu-request-percent",
         env = "CARREL_KUBERNETES_CPU_REQUEST_PERCENT",
         default_value_t = 10,
         value_parser = clap::value_parser!(u64).range(1..=100),
@@ -70,8 +92,7 @@ pub struct KubernetesOptions {
     )]
     pub cpu_request_percent: u64,
     /// Part of an exam's memory that is reserved for it on its node; less than 100 lets nodes run out of memory
-    #[arg(
-        long = "kubernetes-memory-request-percent",
+    #[arg(global = true, long = "kubernetes-memory-request-percent",
         env = "CARREL_KUBERNETES_MEMORY_REQUEST_PERCENT",
         default_value_t = 100,
         value_parser = clap::value_parser!(u64).range(1..=100),
@@ -80,6 +101,7 @@ pub struct KubernetesOptions {
     pub memory_request_percent: u64,
     /// A pod that no node takes is given up after this
     #[arg(
+        global = true,
         long = "kubernetes-unschedulable-seconds",
         env = "CARREL_KUBERNETES_UNSCHEDULABLE_SECONDS",
         default_value_t = 8,

@@ -68,8 +68,16 @@ pub(super) fn observed(pod: &Pod, phase: Phase) -> Observed {
         name: metadata.name.clone().unwrap_or_default(),
         namespace: metadata.namespace.clone().unwrap_or_default(),
         created_at: metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_millisecond()),
+        cut_off: is_cut_off(pod),
         owner: metadata.labels.as_ref().and_then(|labels| labels.get(SESSION_ID)?.parse().ok()),
     }
+}
+
+/// kubelet says of a pod that it is ready as long as its containers are. Only the control plane, when it hears nothing from the node any
+/// more, says the one without the other.
+fn is_cut_off(pod: &Pod) -> bool {
+    let stands = |kind, wanted| condition(pod, kind).is_some_and(|(status, ..)| status == wanted);
+    stands("Ready", "False") && stands("ContainersReady", "True")
 }
 
 /// Reads a pod. `unschedulable` is how long one may find no node; `fetched` whether the session's image is known to be there.

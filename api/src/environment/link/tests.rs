@@ -49,8 +49,11 @@ impl Fake {
 
 #[async_trait]
 impl Environment for Fake {
-    fn kind(&self) -> &'static str {
-        "fake"
+    fn place(&self) -> String {
+        "fake".to_owned()
+    }
+    fn makes(&self) -> String {
+        "fake".to_owned()
     }
 
     async fn check(&self) -> Result<(), EnvironmentError> {

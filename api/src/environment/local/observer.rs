@@ -109,6 +109,7 @@ impl Inner {
             Stage::Started => Phase::Failed(self.why_ended(id, record)),
         };
         Observed {
+            cut_off: false,
             phase,
             name: id.to_string(),
             namespace: "local".into(),

@@ -63,9 +63,14 @@ fn code(step: &Step) -> Option<(State, ReasonCode)> {
 }
 
 #[test]
-fn a_created_session_is_provisioned_whatever_is_seen() {
+fn a_created_session_is_provisioned_whatever_is_seen_but_first_by_those_who_see() {
+    let others = MADE + LEFT_TO_OTHERS_MS;
+    for now in [MADE, others - 1] {
+        assert_eq!(decide(&session(State::Created), &Seen::Unknown, now), Step::Wait { until: others });
+    }
     for seen in everything() {
-        assert_eq!(decide(&session(State::Created), &seen, MADE), Step::Provision, "{seen:?}");
+        let now = if seen == Seen::Unknown { others } else { MADE };
+        assert_eq!(decide(&session(State::Created), &seen, now), Step::Provision, "{seen:?}");
         assert_eq!(decide(&session(State::Created), &seen, MADE + 59_999), Step::Provision, "{seen:?}");
     }
 }
@@ -198,6 +203,7 @@ fn an_absence_counts_only_in_a_complete_look_of_a_backend_that_answers() {
     look.unavailable = Some("no route".into());
     assert_eq!(Seen::of(&session, &look), Seen::Unknown);
     let observed = Observed {
+        cut_off: false,
         phase: Phase::Up,
         name: "n".into(),
         namespace: "local".into(),

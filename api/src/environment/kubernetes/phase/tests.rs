@@ -140,3 +140,18 @@ fn a_pod_is_shown_under_its_own_name() {
     assert!(environment_id(&pod).is_some());
     assert_eq!(environment_id(&Pod::default()), None);
 }
+
+#[test]
+fn a_node_that_is_away_is_told_from_a_container_that_is_not_ready() {
+    let pod = |ready: &str, containers: &str| -> Pod {
+        serde_json::from_value(serde_json::json!({ "metadata": {}, "status": { "conditions": [
+            { "type": "Ready", "status": ready },
+            { "type": "ContainersReady", "status": containers },
+        ] } }))
+        .unwrap()
+    };
+    assert!(is_cut_off(&pod("False", "True")));
+    assert!(!is_cut_off(&pod("True", "True")));
+    assert!(!is_cut_off(&pod("False", "False")));
+    assert!(!is_cut_off(&Pod::default()));
+}
