@@ -373,8 +373,16 @@ async fn a_server_killed_at_any_point_leaves_nothing_unfinished() {
         let ids: BTreeSet<EnvironmentId> = observation.borrow().environments.keys().copied().collect();
         assert_eq!(ids, backend.ids().into_iter().collect());
         let instance = fs::read_to_string(backend.data.join("environments/instance")).unwrap();
-        for process in processes().into_iter().filter(|process| process.line.contains(instance.trim())) {
-            assert!(ids.iter().any(|id| process.line.contains(&id.to_string())), "{}", process.line);
+        // One that had not begun to be a sandbox when the new server first looked is found by a later look.
+        let strays = || -> Vec<String> {
+            let of_this = processes().into_iter().map(|process| process.line);
+            let of_this = of_this.filter(|line| line.contains(instance.trim()));
+            of_this.filter(|line| !ids.iter().any(|id| line.contains(&id.to_string()))).collect()
+        };
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while !strays().is_empty() {
+            assert!(std::time::Instant::now() < deadline, "{:?}", strays());
+            tokio::time::sleep(Duration::from_millis(100)).await;
         }
         for id in ids {
             Room { id, links: Links::new(backend.environment()) }.ready().await;
