@@ -4,12 +4,18 @@ use std::{
     mem::MaybeUninit,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::net::UnixStream as StdStream,
+        linux::net::SocketAddrExt as _,
+        unix::{
+            ffi::OsStrExt as _,
+            fs::PermissionsExt as _,
+            net::{SocketAddr, UnixListener as StdListener, UnixStream as StdStream},
+        },
     },
     path::Path,
     pin::Pin,
     task::{Context, Poll, ready},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -29,17 +35,50 @@ use crate::spawn;
 
 /// A peer that hands nothing over after this long is let go.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// An agent that is not there yet is waited for: it may be starting.
+const STARTING: Duration = Duration::from_secs(2);
+/// How often it is looked for.
+const LOOK: Duration = Duration::from_millis(5);
 /// Bytes that a pipe holds.
 const PIPE: usize = 256 << 10;
 /// What the agent says when it is done with the descriptors.
 const DONE: u8 = b'.';
+
+/// A socket's address: a path, or `@` and a name in the network namespace.
+fn address(socket: &Path) -> io::Result<SocketAddr> {
+    match socket.as_os_str().as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(socket),
+    }
+}
+
+/// Listens for who hands over. A file that is there already is replaced.
+///
+/// # Errors
+/// When the name is taken, or the directory cannot be written.
+pub fn bind(socket: &Path) -> io::Result<StdListener> {
+    let address = address(socket)?;
+    let path = address.as_pathname();
+    if let Some(path) = path {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    let listener = StdListener::bind_addr(&address)?;
+    if let Some(path) = path {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    }
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
 
 /// Hands this process's stdin and stdout over and waits until the agent is done with them.
 ///
 /// # Errors
 /// When there is no agent, it does not take them, or it is gone before it was done.
 pub fn connect(socket: &Path) -> io::Result<()> {
-    let mut stream = StdStream::connect(socket)?;
+    let mut stream = reach(&address(socket)?)?;
     let descriptors = [rustix::stdio::stdin(), rustix::stdio::stdout()];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -49,11 +88,31 @@ pub fn connect(socket: &Path) -> io::Result<()> {
     stream.read_exact(&mut answer).map_err(|_| io::Error::other("the agent did not finish the connection"))
 }
 
-/// Takes what a peer hands over and lets `use_it` use it, until that is done or the peer is gone.
+fn reach(address: &SocketAddr) -> io::Result<StdStream> {
+    let begun = Instant::now();
+    loop {
+        match StdStream::connect_addr(address) {
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+                    && begun.elapsed() < STARTING =>
+            {
+                thread::sleep(LOOK);
+            }
+            reached => return reached,
+        }
+    }
+}
+
+/// Takes what a peer hands over and lets `use_it` use it, until that is done or the peer is gone. One of another user is let go: a
+/// socket without a file has no permissions.
 pub async fn serve<F>(mut peer: UnixStream, use_it: impl FnOnce(Handed) -> F)
 where
     F: Future<Output = ()>,
 {
+    let own = rustix::process::geteuid().as_raw();
+    if !peer.peer_cred().is_ok_and(|peer| [own, 0].contains(&peer.uid())) {
+        return;
+    }
     let Ok(Ok(handed)) = timeout(PATIENCE, take(&peer)).await else { return };
     let used = use_it(handed);
     let mut byte = [0];

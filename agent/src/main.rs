@@ -44,6 +44,9 @@ fn run(command: Command) -> io::Result<()> {
         Command::Serve(options) => serve::run(options),
         Command::Connect { socket } => handoff::connect(&socket),
         Command::Install { destination } => options::install(&destination),
+        Command::Idle => loop {
+            std::thread::park();
+        },
         Command::Sftp => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(sftp::run());

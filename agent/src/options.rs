@@ -8,14 +8,18 @@ use std::{
 
 /// What `--help` prints.
 const HELP: &str = "\
-carrel-agent serve [--listen-fd N] [--socket PATH] [--shell PATH] [--home DIR]
+carrel-agent serve [--listen-fd N] [--socket SOCKET] [--shell PATH] [--home DIR]
                    [--limit-processes N] [--limit-file-size BYTES] [--limit-memory BYTES]
-    Serves HTTP/2 on an inherited listening socket, and on what `connect` hands over at PATH.
+    Serves HTTP/2 on an inherited listening socket, and on what `connect` hands over at SOCKET:
+    a path, or @NAME, which is no file and belongs to the network namespace.
     Its own variables CARREL_ENV_NAME are given to every process as NAME.
-carrel-agent connect --socket PATH
-    Hands its stdin and stdout to the agent at PATH and waits until they are done with.
+carrel-agent connect --socket SOCKET
+    Hands its stdin and stdout to the agent at SOCKET and waits until they are done with.
+    An agent that is just starting is waited for.
 carrel-agent install DESTINATION
     Copies this program.
+carrel-agent idle
+    Does nothing until it is killed.
 carrel-agent sftp
     Serves file transfer on stdin and stdout, where the environment has no sftp-server.
 carrel-agent --version
@@ -36,6 +40,8 @@ pub enum Command {
         /// A file that need not exist yet.
         destination: PathBuf,
     },
+    /// Do nothing.
+    Idle,
     /// Serve file transfer on stdin and stdout.
     Sftp,
     /// Say something and end.
@@ -78,13 +84,14 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, B
             Ok(Command::Print(format!("carrel-agent {}\n", env!("CARGO_PKG_VERSION"))))
         }
         Some("--help" | "-h" | "help") => Ok(Command::Print(HELP.into())),
+        Some("idle") => Ok(Command::Idle),
         Some("sftp") => Ok(Command::Sftp),
         Some("serve") => serve(arguments).map(Command::Serve),
         Some("connect") => match (arguments.next(), arguments.next(), arguments.next()) {
             (Some(flag), Some(socket), None) if flag == "--socket" => {
                 Ok(Command::Connect { socket: socket.into() })
             }
-            _ => Err(BadUsage("connect takes --socket PATH".into())),
+            _ => Err(BadUsage("connect takes --socket SOCKET".into())),
         },
         Some("install") => match (arguments.next(), arguments.next()) {
             (Some(destination), None) => Ok(Command::Install { destination: destination.into() }),

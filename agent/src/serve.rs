@@ -90,7 +90,7 @@ pub fn run(options: Serve) -> io::Result<()> {
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     let files = limit(&options)?;
     let direct = options.listen_fd.map(inherited_listener).transpose()?;
-    let handed = options.socket.as_deref().map(bind).transpose()?;
+    let handed = options.socket.as_deref().map(handoff::bind).transpose()?;
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let agent = Arc::new(Agent {
             account: Account::of_this_process(&options),
@@ -179,17 +179,6 @@ fn inherited_listener(descriptor: i32) -> io::Result<StdListener> {
         listener_elsewhere.set_nonblocking(true)?;
         return Ok(listener_elsewhere);
     }
-    listener.set_nonblocking(true)?;
-    Ok(listener)
-}
-
-fn bind(path: &Path) -> io::Result<StdListener> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let listener = StdListener::bind(path)?;
-    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
     listener.set_nonblocking(true)?;
     Ok(listener)
 }

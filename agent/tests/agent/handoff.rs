@@ -1,6 +1,12 @@
 //! `connect`: stdin and stdout handed to the agent.
 use std::{
-    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    ffi::OsStr,
+    fs::Permissions,
+    io::Write as _,
+    os::unix::{
+        fs::{MetadataExt as _, PermissionsExt as _},
+        process::CommandExt as _,
+    },
     process::Stdio,
 };
 
@@ -8,7 +14,7 @@ use carrel_agent::{flow, packed::Packed};
 use http::{HeaderMap, Method};
 use tokio::{io::join, net::UnixStream, time::timeout};
 
-use crate::support::{Agent, DEADLINE, PROGRAM, open, read_all};
+use crate::support::{Agent, DEADLINE, PROGRAM, new_id, open, read_all};
 
 fn connect(agent: &Agent) -> tokio::process::Child {
     tokio::process::Command::new(PROGRAM)
@@ -91,6 +97,63 @@ async fn only_its_own_user_reaches_the_socket() {
     let agent = Agent::start().await;
     let metadata = std::fs::metadata(agent.handed_socket()).unwrap();
     assert_eq!(metadata.mode() & 0o777, 0o600);
+}
+
+/// A serving agent at a socket without a file, and how `connect` to it ends when nothing is said on its stdin.
+struct Nameless {
+    child: std::process::Child,
+    socket: String,
+}
+
+impl Nameless {
+    fn start() -> Self {
+        let socket = format!("@carrel-test-{}", new_id());
+        let child = std::process::Command::new(PROGRAM).args(["serve", "--socket", &socket]).spawn().unwrap();
+        Self { child, socket }
+    }
+
+    fn connect(&self, program: impl AsRef<OsStr>) -> std::process::Command {
+        let mut command = std::process::Command::new(program);
+        command.args(["connect", "--socket", &self.socket]).stdin(Stdio::null()).stdout(Stdio::piped());
+        command
+    }
+}
+
+impl Drop for Nameless {
+    fn drop(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_is_just_starting_is_waited_for_and_needs_no_file() {
+    let agent = Nameless::start();
+    let mut child = tokio::process::Command::from(agent.connect(PROGRAM));
+    let mut child = child.stdin(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+    let io = Packed::new(join(child.stdout.take().unwrap(), child.stdin.take().unwrap()));
+    let (requests, connection) = timeout(DEADLINE, flow::client(io)).await.unwrap().unwrap();
+    tokio::spawn(connection);
+    let mut stream = open(requests, Method::GET, "/v1/health", HeaderMap::new()).await.unwrap();
+    assert!(!read_all(&mut stream.input).await.is_empty());
+}
+
+#[test]
+fn another_user_is_let_go_at_a_socket_without_a_file() {
+    if !rustix::process::geteuid().is_root() {
+        // Past the test runner, which would keep it to itself.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: only root can be another user");
+        return;
+    }
+    let agent = Nameless::start();
+    // Where every user may run it.
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+    let program = directory.path().join("agent");
+    std::fs::copy(PROGRAM, &program).unwrap();
+    // The agent says its settings to whom it serves.
+    let other = agent.connect(&program).uid(65534).output().unwrap();
+    assert_eq!((other.status.code(), other.stdout.as_slice()), (Some(1), b"".as_slice()));
 }
 
 #[tokio::test]
