@@ -2,6 +2,7 @@
 //!
 //! Nothing above this module knows whether an environment is a pod or a sandbox, and nothing above
 //! [`Environment::connect`] knows what carries the byte stream.
+mod agent;
 pub mod kubernetes;
 pub mod link;
 pub mod local;
@@ -14,6 +15,7 @@ use tokio::{
     sync::watch,
 };
 
+pub use self::agent::Agent;
 use crate::{
     exam::EnvironmentSpec,
     identity::{EnvironmentId, SessionId, UserId},

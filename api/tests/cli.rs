@@ -1,12 +1,15 @@
 //! The command line tools that work on environments, with real ones of this machine and no server beside them.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
-use std::{path::PathBuf, sync::Arc};
+#[path = "environment/agent.rs"]
+mod program;
+
+use std::sync::Arc;
 
 use carrel_api::{
     cli::{Context, Exit, Output, Tool, run},
     environment::{
-        Environment as _,
-        local::{Agent, LocalEnvironment, LocalOptions},
+        Agent, Environment as _,
+        local::{LocalEnvironment, LocalOptions},
     },
     exam::Exam,
     http::Public,
@@ -15,6 +18,7 @@ use carrel_api::{
     store::Store,
 };
 use clap::Parser;
+use program::agent;
 use serde_json::{Value, json};
 
 #[derive(Parser)]
@@ -27,11 +31,6 @@ struct World {
     directory: tempfile::TempDir,
     environment: Arc<LocalEnvironment>,
     context: Context,
-}
-
-fn agent() -> PathBuf {
-    let built = "../target/agent/x86_64-unknown-linux-gnu/agent/carrel-agent";
-    std::env::var_os("CARREL_AGENT").map_or_else(|| built.into(), PathBuf::from)
 }
 
 impl World {

@@ -10,14 +10,16 @@
 mod conformance;
 #[path = "environment/pods.rs"]
 mod pods;
+#[path = "environment/agent.rs"]
+mod program;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use carrel_agent::wire::ProcessSpec;
 use carrel_api::{
     environment::{
         Create, Environment, EnvironmentError, Observation, Phase,
-        link::{Exit, exit},
+        link::{Exit, Links, exit},
     },
     exam::{EnvironmentSpec, Network},
     identity::EnvironmentId,
@@ -84,9 +86,6 @@ async fn the_role_is_enough_and_less_is_said_at_start() {
         said.contains("kubectl --namespace carrel-no-such-namespace apply -f charts/rbac.yaml"),
         "{said}"
     );
-    backend.reopen(|options| options.agent_image = None).await;
-    let said = backend.kubernetes().check().await.unwrap_err().to_string();
-    assert!(said.contains("--kubernetes-agent-image"), "{said}");
 
     let less = std::fs::read_to_string("../charts/rbac.yaml")
         .unwrap()
@@ -145,12 +144,14 @@ async fn the_steps_of_a_start_are_shown_and_ready_comes_before_the_api_says_so()
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_quota_is_told_as_such_and_leaves_nothing() {
     let Some(backend) = Pods::open().await else { return };
+    let room = Room::usual(&backend).await;
     backend.apply(&format!(
         r#"{{"apiVersion":"v1","kind":"ResourceQuota","metadata":{{"name":"few","namespace":"{}"}},"spec":{{"hard":{{"pods":"1"}}}}}}"#,
         backend.namespace
     ))
     .await;
-    let room = Room::usual(&backend).await;
+    // The controller counts what there was before; until it has, a quota that is new may be one pod behind.
+    backend.kubectl(&["wait", "--for=jsonpath={.status.used.pods}=1", "quota/few", "--timeout=30s"]).await;
     let request =
         create_request(EnvironmentSpec { network: Network::Internet, ..EnvironmentSpec::default() });
     let Err(EnvironmentError::Refused(reason)) = backend.environment().create(&request).await else {
@@ -274,9 +275,7 @@ async fn a_pod_that_no_node_takes_is_told_within_ten_seconds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_whose_user_is_root_or_that_cannot_start_is_told() {
     let Some(mut backend) = Pods::open().await else { return };
-    backend
-        .reopen(|options| (options.agent_image, options.agent_path) = (None, Some("/no/such/agent".into())))
-        .await;
+    backend.reopen(|options| options.agent_path = Some("/no/such/agent".into())).await;
     let (id, reason) = failure(&backend, EnvironmentSpec::default()).await;
     assert_eq!(reason.code, ReasonCode::EnvironmentCrashed);
     assert!(reason.technical_details.contains("/no/such/agent"), "{reason:?}");
@@ -294,16 +293,101 @@ async fn an_image_whose_user_is_root_or_that_cannot_start_is_told() {
 async fn an_image_that_carries_the_agent_needs_no_other_container() {
     let Some(mut backend) = Pods::open().await else { return };
     let path = variable("CARREL_CLUSTER_AGENT_IN_IMAGE", "/opt/carrel/agent");
-    backend.reopen(|options| (options.agent_image, options.agent_path) = (None, Some(path))).await;
+    backend.reopen(|options| options.agent_path = Some(path)).await;
     let carrying = variable("CARREL_CLUSTER_CARRYING_IMAGE", "carrel.test/session-with-agent:dev");
     let room = Room::open(&backend, image(carrying)).await;
+    works(&room).await;
+    assert_eq!(containers(&backend, &room).await, "session");
+    backend.close().await;
+}
+
+async fn works(room: &Room) {
     assert_eq!(room.text("whoami; echo text > file; cat file").await, "candidate\ntext");
     assert_eq!(room.run("exit 3").await.exit, Exit::Code(3));
+}
+
+async fn containers(backend: &Pods, room: &Room) -> String {
     let pod = format!("carrel-{}", room.id);
-    let containers =
-        backend.kubectl(&["get", "pod", &pod, "-o", "jsonpath={.spec.containers[*].name}"]).await;
-    assert_eq!(containers, "session");
-    backend.environment().destroy(room.id).await.unwrap();
+    backend.kubectl(&["get", "pod", &pod, "-o", "jsonpath={.spec.containers[*].name}"]).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_can_come_from_an_image_of_its_own() {
+    let Some(mut backend) = Pods::open().await else { return };
+    let agent = variable("CARREL_CLUSTER_AGENT_IMAGE", "carrel.test/agent:dev");
+    backend.reopen(|options| options.agent_image = Some(agent)).await;
+    let room = Room::usual(&backend).await;
+    works(&room).await;
+    assert_eq!(containers(&backend, &room).await, "agent session");
+    // Its container shares the pod's network: there is nothing in it that could be asked for anything.
+    assert_eq!(room.text("grep -c ' 00010000 .* @carrel' /proc/net/unix").await, "1");
+    backend.close().await;
+}
+
+/// Another shell, other programs, and no directory to write to but the home.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_with_busybox_alone_is_enough() {
+    let Some(backend) = Pods::open().await else { return };
+    let small = variable("CARREL_CLUSTER_SMALL_IMAGE", "carrel.test/small:dev");
+    let room = Room::open(&backend, image(small)).await;
+    works(&room).await;
+    backend.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_servers_that_bring_the_agent_at_once_bring_one() {
+    let Some(backend) = Pods::open().await else { return };
+    let request = create_request(EnvironmentSpec::default());
+    let id = request.environment_id;
+    backend.environment().create(&request).await.unwrap();
+    let servers: [Arc<dyn Environment>; 2] = [backend.another().await, backend.another().await];
+    let rooms = servers.map(|server| async move {
+        let links = Links::new(server);
+        let begun = Instant::now();
+        loop {
+            match links.get(id).await {
+                Ok(link) if link.health().await.is_ok() => return (links, link),
+                _ => assert!(begun.elapsed() < READY, "it does not answer"),
+            }
+        }
+    });
+    let [one, other] = rooms;
+    let (one, other) = tokio::join!(one, other);
+    for (_, link) in [&one, &other] {
+        let mut process = link.start(Some(b"cat /proc/1/comm"), &ProcessSpec::default()).await.unwrap();
+        assert_eq!(process.stdout.read().await.unwrap().unwrap().as_ref(), b"agent\n");
+    }
+    let room = Room::of(&backend, id);
+    // Nothing half-written stays, and the shell that waited has left no child.
+    assert_eq!(room.text("ls -A /tmp/.carrel; ps -e -o comm= | grep -c sleep || true").await, "agent\n0");
+    backend.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_deletes_the_agents_file_is_still_reached() {
+    let Some(backend) = Pods::open().await else { return };
+    let room = Room::usual(&backend).await;
+    let pid = room.text("setsid sleep 1000 </dev/null >/dev/null 2>&1 & echo $!; rm -rf /tmp/.carrel").await;
+    let again = room.again(&backend);
+    assert_eq!(
+        again.text(&format!("cut -d' ' -f2 /proc/{pid}/stat; ls -A /tmp/.carrel")).await,
+        "(sleep)\nagent"
+    );
+    backend.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_cannot_take_the_agent_is_told() {
+    let Some(backend) = Pods::open().await else { return };
+    let pause = variable("CARREL_CLUSTER_PAUSE_IMAGE", "carrel.test/pause:dev");
+    let small = variable("CARREL_CLUSTER_SMALL_IMAGE", "carrel.test/small:dev");
+    let homeless = EnvironmentSpec { user: Some("4242".into()), ..image(small) };
+    for (spec, why) in [(image(pause), "/bin/sh"), (homeless, "write neither to /tmp")] {
+        let (id, reason) = failure(&backend, spec).await;
+        assert_eq!(reason.code, ReasonCode::EnvironmentCrashed, "{reason:?}");
+        assert!(reason.technical_details.contains(why), "{reason:?}");
+        backend.environment().destroy(id).await.unwrap();
+    }
     backend.close().await;
 }
 

@@ -11,6 +11,8 @@
 )]
 #[path = "store/database.rs"]
 mod database;
+#[path = "environment/agent.rs"]
+mod program;
 #[path = "lifecycle/world.rs"]
 mod world;
 

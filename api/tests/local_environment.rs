@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
 #[path = "environment/conformance.rs"]
 mod conformance;
+#[path = "environment/agent.rs"]
+mod program;
 
 use std::{
     collections::BTreeSet,
@@ -21,14 +23,15 @@ use std::{
 use async_trait::async_trait;
 use carrel_api::{
     environment::{
-        Create, Environment, EnvironmentError, Phase,
+        Agent, Create, Environment, EnvironmentError, Phase,
         link::Links,
-        local::{Agent, LocalEnvironment, LocalOptions},
+        local::{LocalEnvironment, LocalOptions},
     },
     exam::{EnvironmentSpec, Network},
     identity::EnvironmentId,
 };
 use conformance::{Backend, Room, create_request, seen};
+use program::agent;
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 use tempfile::TempDir;
 
@@ -37,11 +40,6 @@ struct Local {
     environment: Option<Arc<LocalEnvironment>>,
     data: PathBuf,
     _directory: TempDir,
-}
-
-fn agent() -> PathBuf {
-    let built = "../target/agent/x86_64-unknown-linux-gnu/agent/carrel-agent";
-    std::env::var_os("CARREL_AGENT").map_or_else(|| built.into(), PathBuf::from)
 }
 
 fn open(data: &Path) -> LocalEnvironment {

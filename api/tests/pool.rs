@@ -10,6 +10,8 @@
 )]
 #[path = "store/database.rs"]
 mod database;
+#[path = "environment/agent.rs"]
+mod program;
 #[path = "lifecycle/world.rs"]
 mod world;
 

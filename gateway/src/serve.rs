@@ -11,10 +11,10 @@ use carrel_api::{
     access::{Auth, AuthError},
     credential::{KeyError, ServerKey},
     environment::{
-        Environment, EnvironmentError,
+        Agent, Environment, EnvironmentError,
         kubernetes::{KubernetesEnvironment, KubernetesOptions},
         link::Links,
-        local::{Agent, LocalEnvironment, LocalOptions},
+        local::{LocalEnvironment, LocalOptions},
     },
     exam::{self, ExamError},
     http::{self as api_http, ApiState, Public},
@@ -239,10 +239,17 @@ pub struct Places<'a> {
     pub kubernetes: &'a KubernetesOptions,
 }
 
+impl Places<'_> {
+    /// Whether environments are given the agent that is in this program.
+    fn need_agent(&self) -> bool {
+        self.kind == EnvironmentKind::Local || self.kubernetes.sends_agent()
+    }
+}
+
 /// Makes the backend that the options name; whether it works is said by its own check.
 pub async fn environment(places: &Places<'_>) -> Result<Arc<dyn Environment>, StartError> {
     match places.kind {
-        EnvironmentKind::Local if AGENT.is_empty() => Err(StartError::NoAgent),
+        _ if AGENT.is_empty() && places.need_agent() => Err(StartError::NoAgent),
         EnvironmentKind::Local => {
             let local = LocalOptions {
                 data_dir: places.data_dir.to_owned(),
@@ -252,7 +259,9 @@ pub async fn environment(places: &Places<'_>) -> Result<Arc<dyn Environment>, St
             let made = LocalEnvironment::new(local);
             Ok(Arc::new(made.map_err(|error| StartError::DataDir(places.data_dir.to_owned(), error))?))
         }
-        EnvironmentKind::Kubernetes => Ok(KubernetesEnvironment::connect(places.kubernetes.clone()).await?),
+        EnvironmentKind::Kubernetes => {
+            Ok(KubernetesEnvironment::connect(places.kubernetes.clone(), Agent::Bytes(AGENT)).await?)
+        }
     }
 }
 

@@ -150,15 +150,12 @@ class Watch:
             raise SystemExit(f"the watch for {what} broke: {self.failed}")
 
 
-def bare_pod(like: dict[str, Any], name: str, volumes: bool = True) -> dict[str, Any]:
-    """A pod with the session container of one of carrel's, its image, limits, security and volumes; without the agent."""
+def bare_pod(like: dict[str, Any], name: str) -> dict[str, Any]:
+    """A pod with the session container of one of carrel's, its image, limits and security; without the agent."""
     session = next(one for one in like["spec"]["containers"] if one["name"] == "session")
     kept = ["image", "imagePullPolicy", "resources", "securityContext"]
     spec = ["activeDeadlineSeconds", "automountServiceAccountToken", "dnsConfig", "dnsPolicy", "enableServiceLinks", "hostname",
             "restartPolicy", "securityContext", "terminationGracePeriodSeconds", "tolerations"]
-    if volumes:
-        kept.append("volumeMounts")
-        spec.append("volumes")
     container = {"name": "session", "command": ["sleep", "infinity"]} | {key: session[key] for key in kept if key in session}
     key, value = BARE.split("=")
     return {
@@ -169,13 +166,13 @@ def bare_pod(like: dict[str, Any], name: str, volumes: bool = True) -> dict[str,
     }
 
 
-async def bare_pods(cluster: Cluster, like: dict[str, Any], count: int, volumes: bool = True) -> float:
+async def bare_pods(cluster: Cluster, like: dict[str, Any], count: int) -> float:
     """Creates so many at once; seconds until the API has shown all of them as running. They are gone when this returns."""
     names = [f"bare-{uuid.uuid4().hex[:12]}" for _ in range(count)]
     async with cluster.client() as api, Watch(api, cluster.pods, BARE).open() as watch:
         try:
             start = time.perf_counter()
-            for answer in await asyncio.gather(*(api.post(cluster.pods, json=bare_pod(like, name, volumes)) for name in names)):
+            for answer in await asyncio.gather(*(api.post(cluster.pods, json=bare_pod(like, name)) for name in names)):
                 answer.raise_for_status()
             await watch.until(f"{count} bare pods running", lambda: all(name in watch.running for name in names))
             return max(watch.running[name] for name in names) - start
@@ -193,11 +190,9 @@ class Carrel:
     def __init__(self, work: pathlib.Path, namespace: str, kubeconfig: pathlib.Path, carrying: bool = False) -> None:
         """`carrying`: the session image has the agent in it."""
         self.work, self.namespace, self.kubeconfig = work, namespace, kubeconfig
-        agent, image = ("AGENT_IN_IMAGE", "CARRYING_IMAGE") if carrying else ("AGENT_IMAGE", "SESSION_IMAGE")
-        self.images = [
-            "--kubernetes-agent-path" if carrying else "--kubernetes-agent-image", os.environ[f"CARREL_CLUSTER_{agent}"],
-            "--kubernetes-default-image", os.environ[f"CARREL_CLUSTER_{image}"],
-        ]
+        image = os.environ[f"CARREL_CLUSTER_{'CARRYING' if carrying else 'SESSION'}_IMAGE"]
+        path = ["--kubernetes-agent-path", os.environ["CARREL_CLUSTER_AGENT_IN_IMAGE"]] if carrying else []
+        self.images = ["--kubernetes-default-image", image, *path]
         self.port, self.ssh_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = work / "server.log"
@@ -518,7 +513,7 @@ def main() -> None:
         pod = stack.enter_context(equal_pod(cluster, like))
         peer = stack.enter_context(sshd_with_kubectl(work, key, name, kubeconfig, pod))
         compared = Comparison([peer, ours])
-        others = {"bare pods without volumes": lambda count: asyncio.run(bare_pods(cluster, like, count, volumes=False))}
+        others = {}
         if parts & {"cold", "many"}:
             others["carrel, agent in the image"] = stack.enter_context(carrying(work, f"{name}-carrying"))
         notes = measure(compared, cluster, carrel, like, arguments.quick, parts, others)

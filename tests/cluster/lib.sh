@@ -27,6 +27,7 @@ cni_network=carrel
 image_pause=carrel.test/pause:dev
 image_agent=carrel.test/agent:dev
 image_session=carrel.test/session:dev
+image_small=carrel.test/small:dev
 image_carrying=carrel.test/session-with-agent:dev agent_in_image=/opt/carrel/agent
 
 components=(etcd containerd kube-apiserver kube-controller-manager kube-scheduler kubelet policy-standin)

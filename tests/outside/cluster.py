@@ -32,7 +32,6 @@ class Cluster:
         self.admin = Path(os.environ["KUBECONFIG"])
         self.directory = Path(os.environ["CARREL_CLUSTER_DIR"])
         self.session_image = os.environ["CARREL_CLUSTER_SESSION_IMAGE"]
-        self.agent_image = os.environ["CARREL_CLUSTER_AGENT_IMAGE"]
         self.namespaces: dict[str, Namespace] = {}
         """Those that were made here and are not known to be gone."""
 

@@ -505,7 +505,6 @@ class Server:
             return ["--environment", "local"]
         chosen = {
             "namespace": self.namespace.name,
-            "agent-image": self.namespace.cluster.agent_image,
             "default-image": self.namespace.cluster.session_image,
             "cpu-request-percent": "1",
             "memory-request-percent": "5",

@@ -8,6 +8,7 @@
 //! processes, which is kubelet's to limit (`podPidsLimit`).
 mod check;
 mod cluster;
+mod delivery;
 mod events;
 mod exec;
 mod listing;
@@ -24,6 +25,8 @@ use std::{
 };
 
 use async_trait::async_trait;
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use bytes::Bytes;
 use carrel_agent::packed::Packed;
 use k8s_openapi::api::{core::v1::Pod, networking::v1::NetworkPolicy};
 use kube::{
@@ -31,6 +34,7 @@ use kube::{
     api::{AttachParams, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions, Request},
 };
 use serde_json::json;
+use sha2::{Digest as _, Sha256};
 use tokio::{
     sync::{OnceCell, mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, timeout, timeout_at},
@@ -47,8 +51,9 @@ use self::{
     cluster::{Cluster, backoff},
     exec::ExecStream,
     observer::{Observer, selector},
+    options::Arrival,
 };
-use super::{ByteStream, Create, Environment, EnvironmentError, Observation, Observed, Phase};
+use super::{Agent, ByteStream, Create, Environment, EnvironmentError, Observation, Observed, Phase};
 use crate::{
     exam::EnvironmentSpec,
     identity::{EnvironmentId, SessionId, UserId},
@@ -81,6 +86,8 @@ pub struct KubernetesEnvironment {
 struct Inner {
     cluster: Arc<Cluster>,
     options: KubernetesOptions,
+    /// The agent's program; used only if the server sends it.
+    agent: Bytes,
     /// When a pod was first destroyed by this process, while it is still there.
     ending: Mutex<BTreeMap<EnvironmentId, Instant>>,
     /// The namespace has been found closed by this process; looked at again by the sweep.
@@ -92,15 +99,17 @@ impl KubernetesEnvironment {
     /// no error here: [`Environment::check`] and the observation say so.
     ///
     /// # Errors
-    /// When no usable configuration of a cluster is found.
-    pub async fn connect(options: KubernetesOptions) -> Result<Arc<Self>, EnvironmentError> {
+    /// When no usable configuration of a cluster is found, or the agent cannot be read.
+    pub async fn connect(options: KubernetesOptions, agent: Agent) -> Result<Arc<Self>, EnvironmentError> {
+        let agent = agent.read().map_err(|error| EnvironmentError::Unavailable(error.to_string()))?;
         let cluster = Arc::new(Cluster::new(&options).await?);
         let (out, observation) = watch::channel(Arc::default());
         let unschedulable = Duration::from_secs(options.unschedulable_seconds);
         let (told, heard) = mpsc::channel(events::WAITING);
         let events = events::follow(Arc::clone(&cluster), observation.clone(), told);
         let observer = Observer::new(Arc::clone(&cluster), unschedulable, out, heard);
-        let inner = Arc::new(Inner { cluster, options, ending: Mutex::default(), closed: OnceCell::new() });
+        let inner =
+            Arc::new(Inner { cluster, options, agent, ending: Mutex::default(), closed: OnceCell::new() });
         let (tasks, end) = (TaskTracker::new(), CancellationToken::new());
         let span = tracing::info_span!("kubernetes", namespace = inner.cluster.namespace);
         tasks.spawn(end.clone().run_until_cancelled_owned(observer.run()).instrument(span.clone()));
@@ -121,7 +130,11 @@ impl Environment for KubernetesEnvironment {
         let options = &self.inner.options;
         json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "agent": [&options.agent_image, &options.agent_path],
+            "agent": match options.arrival() {
+                Arrival::Stream => json!({ "sha256": BASE64.encode(Sha256::digest(&self.inner.agent)) }),
+                Arrival::Image(image) => json!({ "image": image }),
+                Arrival::Path(path) => json!({ "path": path }),
+            },
             "default_image": options.default_image,
             "node_selector": options.node_selector,
             "runtime_class": options.runtime_class,
@@ -283,16 +296,21 @@ impl Inner {
             tty: false,
             ..AttachParams::default()
         };
-        let command = [pod::agent_path(&self.options), "connect", "--socket", pod::SOCKET];
+        let arrival = self.options.arrival();
+        let command = pod::connect(arrival, self.agent.len());
         let url = Pod::url_path(&(), Some(&self.cluster.namespace));
         let mut attempt = 1;
         loop {
             let request = Request::new(&url)
-                .exec(&pod::name(id), command, &parameters)
+                .exec(&pod::name(id), &command, &parameters)
                 .map_err(|error| internal(error.to_string()))?;
             match self.cluster.client.connect(request).await {
                 Ok(connection) => {
-                    let stream = ExecStream::new(connection.into_stream(), end, tasks);
+                    let mut stream = ExecStream::new(connection.into_stream(), end, tasks);
+                    if arrival == Arrival::Stream {
+                        let delivered = delivery::deliver(&mut stream, &self.agent).await;
+                        delivered.map_err(|error| EnvironmentError::Unavailable(format!("exec: {error}")))?;
+                    }
                     return Ok(Box::new(Packed::new(stream)));
                 }
                 // An answer, while it starts mostly "not yet": the caller knows when to ask again.

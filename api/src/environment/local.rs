@@ -30,7 +30,7 @@ use self::{
     processes::Instance,
     sandbox::Sandbox,
 };
-use super::{ByteStream, Create, Environment, EnvironmentError, Observation, Observed};
+use super::{Agent, ByteStream, Create, Environment, EnvironmentError, Observation, Observed};
 use crate::{
     exam::{EnvironmentSpec, Network},
     identity::{EnvironmentId, SessionId, UserId},
@@ -39,17 +39,6 @@ use crate::{
 
 /// How long one call may take. What was begun goes on; calling again waits for it.
 const LIMIT: Duration = Duration::from_secs(20);
-/// The agent's program, at most, bytes.
-const AGENT_BYTES: u64 = 64 << 20;
-
-/// The agent's program.
-#[derive(Debug, Clone)]
-pub enum Agent {
-    /// A file, read once at the start.
-    File(PathBuf),
-    /// The program itself.
-    Bytes(&'static [u8]),
-}
 
 /// Settings of the local environments.
 #[derive(Debug, Clone)]
@@ -98,16 +87,7 @@ impl LocalEnvironment {
         directory::make(&root)?;
         // Also when it was there before.
         fs::set_permissions(&root, fs::Permissions::from_mode(0o700))?;
-        let agent = match options.agent {
-            Agent::Bytes(bytes) => bytes.to_vec(),
-            Agent::File(path) => {
-                let length = fs::metadata(&path).map_err(|error| named(&path, &error))?.len();
-                if length > AGENT_BYTES {
-                    return Err(io::Error::other(format!("{} is too large for the agent", path.display())));
-                }
-                fs::read(&path).map_err(|error| named(&path, &error))?
-            }
-        };
+        let agent = options.agent.read()?;
         let sandbox = match (program("bwrap"), program("timeout")) {
             (Some(bubblewrap), Some(guard)) => Ok(Sandbox::new(bubblewrap, guard, &agent, options.shared)?),
             (None, _) => Err("bubblewrap is not installed: run `apt install bubblewrap`".to_owned()),
@@ -375,10 +355,6 @@ fn now() -> i64 {
         .ok()
         .and_then(|since| i64::try_from(since.as_millis()).ok())
         .unwrap_or(0)
-}
-
-fn named(path: &Path, error: &io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]

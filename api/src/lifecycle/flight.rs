@@ -175,8 +175,9 @@ mod tests {
     use super::*;
     use crate::{
         environment::{
+            Agent,
             link::Links,
-            local::{Agent, LocalEnvironment, LocalOptions},
+            local::{LocalEnvironment, LocalOptions},
         },
         identity::SessionId,
         store::Store,

@@ -87,7 +87,7 @@ impl Room {
     pub async fn open(backend: &dyn Backend, spec: EnvironmentSpec) -> Self {
         let request = create_request(spec);
         backend.environment().create(&request).await.unwrap();
-        let room = Self { id: request.environment_id, links: Links::new(backend.environment()) };
+        let room = Self::of(backend, request.environment_id);
         room.ready().await;
         room
     }
@@ -96,9 +96,14 @@ impl Room {
         Self::open(backend, EnvironmentSpec::default()).await
     }
 
+    /// One that is there.
+    pub fn of(backend: &dyn Backend, id: EnvironmentId) -> Self {
+        Self { id, links: Links::new(backend.environment()) }
+    }
+
     /// Another server's way to the same environment.
     pub fn again(&self, backend: &dyn Backend) -> Self {
-        Self { id: self.id, links: Links::new(backend.environment()) }
+        Self::of(backend, self.id)
     }
 
     pub async fn link(&self) -> Arc<Link> {

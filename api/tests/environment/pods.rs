@@ -4,7 +4,7 @@ use std::{fs, io::Write as _, path::PathBuf, process::Stdio, sync::Arc, time::Du
 use async_trait::async_trait;
 use carrel_api::{
     environment::{
-        Environment,
+        Agent, Environment,
         kubernetes::{KubernetesEnvironment, KubernetesOptions},
     },
     identity::EnvironmentId,
@@ -20,7 +20,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use crate::conformance::Backend;
+use crate::{conformance::Backend, program::agent};
 
 /// One namespace; everything in it goes with the test.
 pub struct Pods {
@@ -76,7 +76,6 @@ impl Pods {
             options: KubernetesOptions {
                 namespace: namespace.clone(),
                 kubeconfig: Some(directory.path().join("kubeconfig")),
-                agent_image: Some(variable("CARREL_CLUSTER_AGENT_IMAGE", "carrel.test/agent:dev")),
                 default_image: Some(variable("CARREL_CLUSTER_SESSION_IMAGE", "carrel.test/session:dev")),
                 // Many small exams on a small machine: what is reserved must not be what is tested.
                 cpu_request_percent: 1,
@@ -108,6 +107,11 @@ impl Pods {
 
     pub fn kubernetes(&self) -> Arc<KubernetesEnvironment> {
         self.environment.clone().unwrap()
+    }
+
+    /// A second server with the same options.
+    pub async fn another(&self) -> Arc<KubernetesEnvironment> {
+        KubernetesEnvironment::connect(self.options.clone(), Agent::File(agent())).await.unwrap()
     }
 
     pub async fn reopen(&mut self, change: impl FnOnce(&mut KubernetesOptions)) {
@@ -188,14 +192,14 @@ impl Backend for Pods {
 
     async fn restart(&mut self) {
         self.environment = None;
-        self.environment = Some(KubernetesEnvironment::connect(self.options.clone()).await.unwrap());
+        self.environment = Some(self.another().await);
     }
 
     async fn kill(&self, id: EnvironmentId) {
         let uid = self.pod(id).await["metadata"]["uid"].as_str().unwrap().to_owned();
         let first = processes_of(&uid)
             .into_iter()
-            .find(|process| process.line.starts_with("/carrel/agent serve"))
+            .find(|process| process.line.starts_with("/tmp/.carrel/agent serve"))
             .unwrap();
         rustix::process::kill_process(first.pid, rustix::process::Signal::KILL).unwrap();
     }

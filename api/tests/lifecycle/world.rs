@@ -1,12 +1,12 @@
 //! A database, a data directory and any number of servers' lifecycles on them, in one process.
 #![allow(dead_code, reason = "each test program uses its part")]
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use carrel_api::{
     environment::{
-        Environment as _,
+        Agent, Environment as _,
         link::Links,
-        local::{Agent, LocalEnvironment, LocalOptions},
+        local::{LocalEnvironment, LocalOptions},
     },
     exam::Exam,
     identity::{EnvironmentId, SessionId, UserId},
@@ -19,7 +19,10 @@ use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::database::{Database, raw};
+use super::{
+    database::{Database, raw},
+    program::agent,
+};
 
 /// Longer than anything here may take.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -38,11 +41,6 @@ pub struct Replica {
     pub lifecycle: Arc<Lifecycle>,
     pub shutdown: CancellationToken,
     pub running: JoinHandle<()>,
-}
-
-pub fn agent() -> PathBuf {
-    let built = "../target/agent/x86_64-unknown-linux-gnu/agent/carrel-agent";
-    std::env::var_os("CARREL_AGENT").map_or_else(|| built.into(), PathBuf::from)
 }
 
 impl World {

@@ -24,7 +24,8 @@ pub struct KubernetesOptions {
         value_name = "FILE"
     )]
     pub kubeconfig: Option<PathBuf>,
-    /// Image that holds the agent as /carrel-agent
+    /// Image that holds the agent as /carrel-agent, for exams' images without a shell; by default the server sends the agent
+    /// through the exec stream
     #[arg(
         global = true,
         long = "kubernetes-agent-image",
@@ -32,7 +33,7 @@ pub struct KubernetesOptions {
         value_name = "IMAGE"
     )]
     pub agent_image: Option<String>,
-    /// Absolute path of the agent in the exams' own images: then nothing is copied into them
+    /// Absolute path of the agent in the exams' own images: then nothing is sent or copied
     #[arg(
         global = true,
         long = "kubernetes-agent-path",
@@ -127,6 +128,33 @@ impl Default for KubernetesOptions {
             memory_request_percent: 100,
             unschedulable_seconds: 8,
         }
+    }
+}
+
+/// How the agent comes into a pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Arrival<'a> {
+    /// The server sends it, see [`super::delivery`].
+    Stream,
+    /// A container of this image copies it.
+    Image(&'a str),
+    /// It is in the exam's image, at this path.
+    Path(&'a str),
+}
+
+impl KubernetesOptions {
+    pub(super) fn arrival(&self) -> Arrival<'_> {
+        match (&self.agent_path, &self.agent_image) {
+            (Some(path), _) => Arrival::Path(path),
+            (None, Some(image)) => Arrival::Image(image),
+            (None, None) => Arrival::Stream,
+        }
+    }
+
+    /// Whether the server must have the agent's program itself.
+    #[must_use]
+    pub fn sends_agent(&self) -> bool {
+        self.arrival() == Arrival::Stream
     }
 }
 

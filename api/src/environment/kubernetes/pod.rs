@@ -3,7 +3,7 @@ use carrel_agent::wire::ENV_PREFIX;
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
-use super::KubernetesOptions;
+use super::{KubernetesOptions, delivery, options::Arrival};
 use crate::{
     environment::Create,
     exam::{EnvironmentSpec, Network},
@@ -24,8 +24,8 @@ pub(super) const SESSION_ID: &str = "carrel.dev/session";
 pub(super) const SESSION: &str = "session";
 /// The container that brings the agent.
 pub(super) const AGENT: &str = "agent";
-/// Where the agent finds its callers, inside the session container.
-pub(super) const SOCKET: &str = "/run/carrel/agent";
+/// Where the agent finds its callers: no file, and in the pod's own network namespace.
+const SOCKET: &str = "@carrel";
 
 /// Thousandths of a core when the exam says nothing.
 const DEFAULT_CPU: u64 = 1000;
@@ -65,9 +65,30 @@ const API_SERVER: [&str; 7] = [
     "KUBERNETES_PORT_443_TCP_PORT",
 ];
 
-/// Path of the agent's program in the session container.
-pub(super) fn agent_path(options: &KubernetesOptions) -> &str {
-    options.agent_path.as_deref().unwrap_or(AGENT_COPIED)
+/// A shell script with its arguments, as a container's command.
+fn script<'a>(text: &'a str, arguments: &[&'a str]) -> Vec<&'a str> {
+    [&["/bin/sh", "-c", text, "carrel"], arguments].concat()
+}
+
+/// The session container's first process, without the options of `agent serve`.
+fn first_process<'a>(arrival: Arrival<'a>) -> Vec<&'a str> {
+    let socket = ["--socket", SOCKET];
+    match arrival {
+        Arrival::Stream => script(delivery::WAIT, &socket),
+        Arrival::Image(_) => [&[AGENT_COPIED, "serve"], &socket[..]].concat(),
+        Arrival::Path(path) => [&[path, "serve"], &socket[..]].concat(),
+    }
+}
+
+/// What an exec runs to be connected to the agent, which has `size` bytes if it is sent.
+pub(super) fn connect(arrival: Arrival<'_>, size: usize) -> Vec<String> {
+    let (size, socket) = (size.to_string(), ["--socket", SOCKET]);
+    let command = match arrival {
+        Arrival::Stream => script(delivery::CONNECT, &[&[size.as_str()], &socket[..]].concat()),
+        Arrival::Image(_) => [&[AGENT_COPIED, "connect"], &socket[..]].concat(),
+        Arrival::Path(path) => [&[path, "connect"], &socket[..]].concat(),
+    };
+    command.into_iter().map(str::to_owned).collect()
 }
 
 /// Labels of what is made for an environment.
@@ -109,15 +130,9 @@ fn manifest(request: &Create, options: &KubernetesOptions) -> Result<Value, Stri
     let image = spec.image.as_ref().or(options.default_image.as_ref()).ok_or(
         "the exam names no image: give it `environment.image`, or the server --kubernetes-default-image",
     )?;
-    if options.agent_image.is_none() && options.agent_path.is_none() {
-        return Err("no way for the agent into the pod: give the server --kubernetes-agent-image".to_owned());
-    }
-    let mut volumes =
-        vec![json!({ "name": "socket", "emptyDir": { "medium": "Memory", "sizeLimit": "64Ki" } })];
-    let mut containers = Vec::new();
-    if let Some(agent_image) = &options.agent_image {
-        volumes.push(json!({ "name": "agent", "emptyDir": { "medium": "Memory", "sizeLimit": "16Mi" } }));
-        volumes.push(json!({ "name": "idle", "emptyDir": { "medium": "Memory", "sizeLimit": "64Ki" } }));
+    let (mut containers, mut volumes) = (Vec::new(), Vec::new());
+    if let Arrival::Image(agent_image) = options.arrival() {
+        volumes.push(json!({ "name": AGENT, "emptyDir": { "medium": "Memory", "sizeLimit": "16Mi" } }));
         containers.push(agent_container(agent_image));
     }
     containers.push(session_container(spec, image, options));
@@ -179,7 +194,7 @@ fn agent_container(image: &str) -> Value {
         "name": AGENT,
         "image": image,
         // Must live for the hook to run in it, and costs nothing while it waits.
-        "command": [AGENT_IN_IMAGE, "serve", "--socket", "/idle/agent"],
+        "command": [AGENT_IN_IMAGE, "idle"],
         "lifecycle": { "postStart": { "exec": { "command": [AGENT_IN_IMAGE, "install", AGENT_COPIED] } } },
         "resources": {
             "requests": { "cpu": "1m", "memory": "16Mi", "ephemeral-storage": "1Mi" },
@@ -193,28 +208,24 @@ fn agent_container(image: &str) -> Value {
             "runAsUser": AGENT_USER,
             "runAsGroup": AGENT_USER,
         },
-        "volumeMounts": [
-            { "name": "agent", "mountPath": "/carrel" },
-            // A socket of its own: nobody calls there, and no candidate sees it.
-            { "name": "idle", "mountPath": "/idle" },
-        ],
+        "volumeMounts": [{ "name": AGENT, "mountPath": "/carrel" }],
     })
 }
 
 fn session_container(spec: &EnvironmentSpec, image: &str, options: &KubernetesOptions) -> Value {
-    let mut command = vec![agent_path(options).to_owned(), "serve".into(), "--socket".into(), SOCKET.into()];
+    let mut command = first_process(options.arrival());
     if let Some(shell) = &spec.shell {
-        command.extend(["--shell".into(), shell.clone()]);
+        command.extend(["--shell", shell]);
     }
     // Kubernetes replaces $(NAME) in a value, and $$( means a plain $(.
     let own = spec.env.iter().map(
         |(name, value)| json!({ "name": format!("{ENV_PREFIX}{name}"), "value": value.replace("$(", "$$(") }),
     );
     let env: Vec<_> = API_SERVER.iter().map(|name| json!({ "name": name, "value": "" })).chain(own).collect();
-    let mut mounts = vec![json!({ "name": "socket", "mountPath": "/run/carrel" })];
-    if options.agent_image.is_some() {
-        mounts.push(json!({ "name": "agent", "mountPath": "/carrel", "readOnly": true }));
-    }
+    let mounts = match options.arrival() {
+        Arrival::Image(_) => vec![json!({ "name": AGENT, "mountPath": "/carrel", "readOnly": true })],
+        Arrival::Stream | Arrival::Path(_) => Vec::new(),
+    };
     let capabilities = if is_root(spec) {
         json!({ "drop": ["ALL"], "add": ROOT_CAPABILITIES })
     } else {
@@ -227,6 +238,8 @@ fn session_container(spec: &EnvironmentSpec, image: &str, options: &KubernetesOp
         "env": env,
         "resources": resources(spec, options),
         "securityContext": { "allowPrivilegeEscalation": false, "capabilities": capabilities },
+        // What the first process says when it cannot begin is told to staff.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
     })
 }

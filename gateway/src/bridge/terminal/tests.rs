@@ -4,8 +4,8 @@ use std::time::Duration;
 use carrel_agent::wire::{Join, Pty};
 use carrel_api::{
     environment::{
-        Create, Environment,
-        local::{Agent, LocalEnvironment, LocalOptions},
+        Agent, Create, Environment,
+        local::{LocalEnvironment, LocalOptions},
     },
     exam::EnvironmentSpec,
 };

@@ -2,11 +2,12 @@ use super::*;
 use crate::identity::{SessionId, UserId};
 
 fn options() -> KubernetesOptions {
-    KubernetesOptions {
-        agent_image: Some("registry/agent:1".into()),
-        default_image: Some("registry/session:1".into()),
-        ..KubernetesOptions::default()
-    }
+    KubernetesOptions { default_image: Some("registry/session:1".into()), ..KubernetesOptions::default() }
+}
+
+/// The agent is brought by a container of its own.
+fn with_image() -> KubernetesOptions {
+    KubernetesOptions { agent_image: Some("registry/agent:1".into()), ..options() }
 }
 
 fn request(spec: EnvironmentSpec) -> Create {
@@ -45,7 +46,13 @@ fn nothing_of_the_manifest_is_lost_on_the_way_to_the_api() {
 
 #[test]
 fn a_candidate_gets_no_token_no_privilege_and_no_root() {
-    let pod = manifest(&request(EnvironmentSpec::default()), &options()).unwrap();
+    for options in [options(), with_image()] {
+        gets_no_token_no_privilege_and_no_root(&options);
+    }
+}
+
+fn gets_no_token_no_privilege_and_no_root(options: &KubernetesOptions) {
+    let pod = manifest(&request(EnvironmentSpec::default()), options).unwrap();
     let spec = &pod["spec"];
     assert_eq!(spec["automountServiceAccountToken"], false);
     assert_eq!(spec["enableServiceLinks"], false);
@@ -65,15 +72,6 @@ fn a_candidate_gets_no_token_no_privilege_and_no_root() {
             }
         }
     }
-    let mount = &session(&pod)["volumeMounts"][1];
-    assert_eq!((mount["mountPath"].as_str(), mount["readOnly"].as_bool()), (Some("/carrel"), Some(true)));
-    assert!(
-        pod["spec"]["volumes"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .all(|volume| volume["emptyDir"]["sizeLimit"].is_string())
-    );
 }
 
 #[test]
@@ -89,22 +87,42 @@ fn root_inside_has_no_privilege_on_the_node() {
 }
 
 #[test]
-fn an_image_that_carries_the_agent_gets_no_second_container() {
-    let options = KubernetesOptions { agent_image: None, agent_path: Some("/opt/agent".into()), ..options() };
-    let pod = manifest(&request(EnvironmentSpec::default()), &options).unwrap();
-    assert_eq!(pod["spec"]["containers"].as_array().unwrap().len(), 1);
-    assert_eq!(session(&pod)["command"][0], "/opt/agent");
-    assert_eq!(session(&pod)["volumeMounts"].as_array().unwrap().len(), 1);
+fn an_agent_that_is_sent_or_in_the_image_needs_no_second_container_and_no_volume() {
+    let path = KubernetesOptions { agent_path: Some("/opt/agent".into()), ..options() };
+    for (options, first) in [(options(), "/bin/sh"), (path, "/opt/agent")] {
+        let pod = manifest(&request(EnvironmentSpec::default()), &options).unwrap();
+        assert_eq!(pod["spec"]["containers"].as_array().unwrap().len(), 1);
+        assert_eq!(pod["spec"]["volumes"], json!([]));
+        assert_eq!(session(&pod)["volumeMounts"], json!([]));
+        assert_eq!(session(&pod)["command"][0], first);
+    }
 }
 
 #[test]
-fn what_is_missing_is_said_before_anything_is_made() {
+fn an_agent_of_an_image_of_its_own_is_copied_where_nobody_can_write() {
+    let pod = manifest(&request(EnvironmentSpec::default()), &with_image()).unwrap();
+    assert_eq!(session(&pod)["command"][0], "/carrel/agent");
+    let mount = &session(&pod)["volumeMounts"][0];
+    assert_eq!((mount["mountPath"].as_str(), mount["readOnly"].as_bool()), (Some("/carrel"), Some(true)));
+    let volumes = pod["spec"]["volumes"].as_array().unwrap();
+    assert!(volumes.iter().all(|volume| volume["emptyDir"]["sizeLimit"].is_string()), "{volumes:?}");
+}
+
+#[test]
+fn the_shell_of_an_exam_reaches_the_agent_however_it_comes() {
+    let path = KubernetesOptions { agent_path: Some("/opt/agent".into()), ..options() };
+    for options in [options(), with_image(), path] {
+        let spec = EnvironmentSpec { shell: Some("/bin/zsh".into()), ..EnvironmentSpec::default() };
+        let pod = manifest(&request(spec), &options).unwrap();
+        let command = session(&pod)["command"].as_array().unwrap();
+        assert_eq!(command[command.len() - 4..], ["--socket", "@carrel", "--shell", "/bin/zsh"]);
+    }
+}
+
+#[test]
+fn a_missing_image_is_said_before_anything_is_made() {
     let none = KubernetesOptions { default_image: None, ..options() };
     assert!(pod(&request(EnvironmentSpec::default()), &none).unwrap_err().contains("environment.image"));
-    let none = KubernetesOptions { agent_image: None, ..options() };
-    assert!(
-        pod(&request(EnvironmentSpec::default()), &none).unwrap_err().contains("--kubernetes-agent-image")
-    );
 }
 
 #[test]
