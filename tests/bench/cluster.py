@@ -237,6 +237,12 @@ class Carrel:
         if key:
             body["ssh_public_key"] = key.with_suffix(".pub").read_text().strip()
         answer = await api.post("/sessions", json=body)
+        for _ in range(10):
+            if answer.status_code != 503:
+                break
+            # Too many at once: as a platform would, it comes again when it is told to. What that takes is part of the figure.
+            await asyncio.sleep(float(answer.headers.get("Retry-After", 2)))
+            answer = await api.post("/sessions", json=body)
         if not answer.is_success:
             raise SystemExit(f"POST /v1/sessions: {answer.status_code} {answer.text}")
         return answer.json()["data"]
