@@ -40,6 +40,7 @@ fi
 
 /// The session container's first process, a shell script whose arguments are those of `agent serve`. The exec may come at any line of
 /// it: before the trap its signal is lost, and the file is seen; after that the trap is taken.
+/// Kubernetes replaces `$(NAME)` and `$$` in a container's command: neither may stand here.
 pub(super) const WAIT: &str = concat!(
     r#"
 become() {
