@@ -87,8 +87,8 @@ async fn next(output: &mut Output) -> Result<News, LinkError> {
 async fn shows(output: &mut Output, text: &str) -> String {
     let mut seen = Vec::new();
     loop {
-        match next(output).await {
-            Ok(News::Bytes(bytes)) => seen.extend_from_slice(&bytes),
+        match timeout(DEADLINE, output.next()).await {
+            Ok(Ok(News::Bytes(bytes))) => seen.extend_from_slice(&bytes),
             other => panic!("{other:?} instead of {text:?} after {:?}", String::from_utf8_lossy(&seen)),
         }
         let seen = String::from_utf8_lossy(&seen);
@@ -126,8 +126,10 @@ async fn the_same_shell_is_there_again_in_the_latest_size_without_the_keys_of_me
     let seen = shows(&mut terminal.output, "33 101").await;
     assert!(seen.contains("on-the-screen") && seen.contains("kept\r\n"), "{seen:?}");
     assert!(!seen.contains("typed meanwhile"), "{seen:?}");
+    // bash reads the size and sets it again whenever it begins to edit a line, and a change in between is undone: first it is busy.
+    terminal.input.write("until stty size | grep '20 70'; do echo wait''ing; sleep 0.1; done\n".into()).await;
+    shows(&mut terminal.output, "waiting").await;
     size.send_replace(Some((70, 20)));
-    terminal.input.write("until stty size | grep '20 70'; do sleep 0.1; done\n".into()).await;
     shows(&mut terminal.output, "20 70\r\n").await;
     resizing.abort();
     room.close().await;
