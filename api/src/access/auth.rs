@@ -7,6 +7,7 @@ use std::{
 
 use subtle::ConstantTimeEq as _;
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
@@ -132,12 +133,17 @@ impl Auth {
         result
     }
 
-    /// Hashes a new session's password.
+    /// A new session's password and its hash.
     ///
     /// # Errors
     /// [`LoginError::Overloaded`].
-    pub async fn hash(&self, password: &Password) -> Result<String, LoginError> {
-        Ok(self.passwords.hash(password).await?)
+    pub async fn new_password(&self) -> Result<(Password, String), LoginError> {
+        Ok(self.passwords.make().await?)
+    }
+
+    /// Makes passwords in advance, until `shutdown`.
+    pub async fn stock_passwords(self: Arc<Self>, shutdown: CancellationToken) {
+        shutdown.run_until_cancelled(self.passwords.stock()).await;
     }
 
     /// An SSH login by password. Also for a session that has ended: who knows its password is told why.

@@ -11,7 +11,7 @@ use crate::{
     store::{Actor, NewSession, Store, StoreError},
 };
 
-/// Hashing a new password waits its turn for this long.
+/// A new password's hash waits its turn for this long.
 const HASH_WITHIN: Duration = Duration::from_secs(5);
 
 /// Why no session was made.
@@ -45,13 +45,13 @@ pub async fn create(
     if store.active_session(user_id).await?.is_some() {
         return Err(CreateError::ActiveSessionExists);
     }
-    let password = Password::new();
-    let hash =
-        tokio::time::timeout(HASH_WITHIN, auth.hash(&password)).await.unwrap_or(Err(LoginError::Overloaded));
+    let made = tokio::time::timeout(HASH_WITHIN, auth.new_password()).await;
+    let (password, hash) =
+        made.unwrap_or(Err(LoginError::Overloaded)).map_err(|_| CreateError::Overloaded)?;
     let new = NewSession {
         user_id,
         exam: &exam,
-        password_hash: Some(hash.map_err(|_| CreateError::Overloaded)?),
+        password_hash: Some(hash),
         public_keys: key.iter().map(|key| key.as_str().to_owned()).collect(),
     };
     let session = store.create_session(&new, actor).await.map_err(|error| match error {
