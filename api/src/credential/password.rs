@@ -41,7 +41,7 @@ const LONGEST: usize = 1024;
 /// New passwords that are kept with their hashes: an exam that begins is a burst of them, and then the processors have other work.
 const STOCK: usize = 64;
 /// The stock is filled up once no password was taken for this long,
-const QUIET: Duration = Duration::from_secs(2);
+const QUIET: Duration = Duration::from_secs(30);
 /// with a pause after each hash: a quarter of one processor.
 const PACE: Duration = Duration::from_millis(75);
 

@@ -25,7 +25,7 @@ for program in head wc chmod mv rm mkdir sleep; do
 done
 a=
 for directory in /tmp /var/tmp "$HOME"; do
-    if mkdir -m 700 "$directory/.carrel" 2>/dev/null || [ -w "$directory/.carrel" ]; then
+    if [ -w "$directory/.carrel" ] || mkdir -m 700 "$directory/.carrel" 2>/dev/null; then
         a=$directory/.carrel/agent
         break
     fi

@@ -70,23 +70,30 @@ fn script<'a>(text: &'a str, arguments: &[&'a str]) -> Vec<&'a str> {
     [&["/bin/sh", "-c", text, "carrel"], arguments].concat()
 }
 
-/// The session container's first process, without the options of `agent serve`.
-fn first_process<'a>(arrival: Arrival<'a>) -> Vec<&'a str> {
-    let socket = ["--socket", SOCKET];
+/// The agent's file in a session's container; `None`: [`delivery`] finds a place for it.
+fn program(arrival: Arrival<'_>) -> Option<&str> {
     match arrival {
-        Arrival::Stream => script(delivery::WAIT, &socket),
-        Arrival::Image(_) => [&[AGENT_COPIED, "serve"], &socket[..]].concat(),
-        Arrival::Path(path) => [&[path, "serve"], &socket[..]].concat(),
+        Arrival::Stream => None,
+        Arrival::Image(_) => Some(AGENT_COPIED),
+        Arrival::Path(path) => Some(path),
+    }
+}
+
+/// The session container's first process, without the options of `agent serve`.
+fn first_process(arrival: Arrival<'_>) -> Vec<&str> {
+    let socket = ["--socket", SOCKET];
+    match program(arrival) {
+        None => script(delivery::WAIT, &socket),
+        Some(program) => [&[program, "serve"], &socket[..]].concat(),
     }
 }
 
 /// What an exec runs to be connected to the agent, which has `size` bytes if it is sent.
 pub(super) fn connect(arrival: Arrival<'_>, size: usize) -> Vec<String> {
     let (size, socket) = (size.to_string(), ["--socket", SOCKET]);
-    let command = match arrival {
-        Arrival::Stream => script(delivery::CONNECT, &[&[size.as_str()], &socket[..]].concat()),
-        Arrival::Image(_) => [&[AGENT_COPIED, "connect"], &socket[..]].concat(),
-        Arrival::Path(path) => [&[path, "connect"], &socket[..]].concat(),
+    let command = match program(arrival) {
+        None => script(delivery::CONNECT, &[&[size.as_str()], &socket[..]].concat()),
+        Some(program) => [&[program, "connect"], &socket[..]].concat(),
     };
     command.into_iter().map(str::to_owned).collect()
 }

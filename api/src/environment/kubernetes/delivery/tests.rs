@@ -54,3 +54,8 @@ async fn a_pod_that_takes_nothing_is_told_by_its_last_words() {
     let said = deliver(&mut stream, PROGRAM).await.unwrap_err().to_string();
     assert_eq!(said, "no space left on device");
 }
+
+#[test]
+fn the_waiting_shell_has_nothing_that_kubernetes_would_replace() {
+    assert!(!WAIT.contains("$(") && !WAIT.contains("$$"));
+}
