@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 mod field;
-mod network;
+pub(crate) mod network;
 mod recipe;
 
 pub use network::Network;

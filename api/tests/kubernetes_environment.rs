@@ -609,6 +609,24 @@ async fn what_a_server_left_behind_between_two_calls_is_removed() {
     backend.close().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_namespace_that_somebody_has_opened_is_closed_again() {
+    let Some(backend) = Pods::open().await else { return };
+    let policy = ["networkpolicy", "carrel-closed"];
+    let open =
+        [&["patch"], &policy[..], &["--type", "merge", "--patch", r#"{"spec":{"egress":[{}]}}"#]].concat();
+    backend.kubectl(&open).await;
+    let begun = Instant::now();
+    let spec =
+        [&["get"], &policy[..], &["--ignore-not-found", "-o", "jsonpath={.spec.policyTypes}{.spec.egress}"]]
+            .concat();
+    while backend.kubectl(&spec).await != r#"["Ingress","Egress"]"# {
+        assert!(begun.elapsed() < Duration::from_secs(40), "still open");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    backend.close().await;
+}
+
 /// A figure for whoever runs this with `--nocapture`; the benchmark measures in earnest.
 #[tokio::test(flavor = "multi_thread")]
 async fn bulk_goes_through_the_exec_stream_in_both_directions_at_once() {

@@ -158,7 +158,7 @@ impl Environment for KubernetesEnvironment {
         };
         let like = pod::pod(&request, options).map_err(EnvironmentError::Unavailable)?;
         check::check(&self.inner.cluster, &like).await?;
-        self.inner.close_namespace().await
+        self.inner.closed.get_or_try_init(|| self.inner.close_namespace()).await.map(|_| ())
     }
 
     async fn create(&self, request: &Create) -> Result<(), EnvironmentError> {
@@ -222,17 +222,22 @@ impl Inner {
         }
     }
 
-    /// Denies all traffic in the namespace, if nobody has yet.
+    /// Denies all traffic in the namespace, if nobody has yet, or somebody has weakened what did.
     async fn close_namespace(&self) -> Result<(), EnvironmentError> {
-        let found = self.cluster.call(|| self.cluster.policies.get_metadata(policy::CLOSED)).await;
-        match found {
-            Ok(_) => Ok(()),
-            Err(fault) if fault.is_not_found() => {
-                let closed = policy::closed(&self.cluster.namespace).map_err(internal)?;
-                self.create_policy(&closed).await
+        let closed = policy::closed(&self.cluster.namespace).map_err(internal)?;
+        match self.cluster.call(|| self.cluster.policies.get(policy::CLOSED)).await {
+            Ok(found) if policy::closes(&found, &closed) => return Ok(()),
+            Ok(found) => {
+                tracing::warn!(
+                    policy = policy::CLOSED,
+                    "somebody has changed what denies all traffic: it is made anew"
+                );
+                self.remove_policy(policy::CLOSED, found.metadata.uid).await?;
             }
-            Err(fault) => Err(fault.into_error("network policy")),
+            Err(fault) if fault.is_not_found() => {}
+            Err(fault) => return Err(fault.into_error("network policy")),
         }
+        self.create_policy(&closed).await
     }
 
     async fn create_policy(&self, policy: &NetworkPolicy) -> Result<(), EnvironmentError> {
@@ -405,10 +410,17 @@ impl Inner {
     }
 
     async fn delete_policy(&self, id: EnvironmentId) -> Result<(), EnvironmentError> {
-        let (name, at_once) = (pod::name(id), DeleteParams::default());
-        match self.cluster.call(|| self.cluster.policies.delete(&name, &at_once)).await {
+        self.remove_policy(&pod::name(id), None).await
+    }
+
+    /// With a `uid` only the one that has it.
+    async fn remove_policy(&self, name: &str, uid: Option<String>) -> Result<(), EnvironmentError> {
+        let preconditions = uid.map(|uid| Preconditions { uid: Some(uid), ..Preconditions::default() });
+        let at_once = DeleteParams { preconditions, ..DeleteParams::default() };
+        match self.cluster.call(|| self.cluster.policies.delete(name, &at_once)).await {
             Ok(_) => Ok(()),
-            Err(fault) if fault.is_not_found() => Ok(()),
+            // Another server was first.
+            Err(fault) if fault.is_not_found() || fault.is_conflict() => Ok(()),
             Err(fault) => Err(fault.into_error("network policy")),
         }
     }

@@ -77,7 +77,7 @@ impl<'de> Deserialize<'de> for Network {
 }
 
 /// `address/prefix`, with nothing set behind the prefix: what is meant and what is matched are then the same.
-fn check_cidr(text: &str) -> Result<(), String> {
+pub(crate) fn check_cidr(text: &str) -> Result<(), String> {
     let wrong = || format!("{text:?} is not a network such as 10.0.0.0/8 or 2001:db8::/32");
     let (address, prefix) = text.split_once('/').ok_or_else(wrong)?;
     let address: IpAddr = address.parse().map_err(|_| wrong())?;

@@ -29,8 +29,8 @@ const CREATE_ATTEMPTS: u32 = 3;
 const CREATE_AGAIN: Duration = Duration::from_secs(2);
 /// The first and the longest pause between two attempts to reach the agent of an environment that is up.
 const PROBE: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(100));
-/// One attempt to reach the agent.
-const PROBE_LIMIT: Duration = Duration::from_secs(5);
+/// One attempt to reach the agent: longer than a connection has to open, in which an agent may have to be sent.
+const PROBE_LIMIT: Duration = Duration::from_secs(12);
 /// A look without an event while there is nothing to reach.
 const LOOK: Duration = Duration::from_secs(1);
 /// Between two attempts to reach an agent whose connection was lost under the setup script.
@@ -217,6 +217,7 @@ impl Making<'_> {
                 }
                 Err(_) => {
                     // Whatever hangs is not tried again.
+                    tracing::debug!("the agent has not answered in time");
                     links.close(id);
                     None
                 }

@@ -38,8 +38,9 @@ pub(super) async fn check(cluster: &Cluster, like: &Pod) -> Result<(), Environme
     let namespace = &cluster.namespace;
     if !missing.is_empty() {
         return Err(EnvironmentError::Unavailable(format!(
-            "the cluster's credentials do not allow in namespace {namespace}: {}; bind the Role in charts/rbac.yaml: \
-             `kubectl --namespace {namespace} apply -f charts/rbac.yaml`",
+            "the cluster's credentials do not allow in namespace {namespace}: {}; make the Role in charts/rbac.yaml and \
+             bind it to the server's account: `kubectl --namespace {namespace} apply -f charts/rbac.yaml && kubectl --namespace {namespace} \
+             create rolebinding carrel-server --role=carrel-server --serviceaccount=NAMESPACE:ACCOUNT`",
             missing.join(", ")
         )));
     }

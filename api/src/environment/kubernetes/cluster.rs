@@ -61,6 +61,10 @@ impl Fault {
         matches!(self, Self::Answer(status) if status.code == 404)
     }
 
+    pub(super) fn is_conflict(&self) -> bool {
+        matches!(self, Self::Answer(status) if status.code == 409)
+    }
+
     pub(super) fn is_already_there(&self) -> bool {
         matches!(self, Self::Answer(status) if status.code == 409 && status.reason == "AlreadyExists")
     }

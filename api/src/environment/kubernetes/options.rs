@@ -3,6 +3,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use crate::exam::network::check_cidr;
+
 /// How environments are made on Kubernetes. Every flag is also a `CARREL_KUBERNETES_*` variable.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Kubernetes")]
@@ -81,7 +83,8 @@ pub struct KubernetesOptions {
         long = "kubernetes-closed-cidr",
         env = "CARREL_KUBERNETES_CLOSED_CIDR",
         value_name = "CIDR",
-        value_delimiter = ','
+        value_delimiter = ',',
+        value_parser = network
     )]
     pub closed_cidr: Vec<String>,
     /// Part of an exam's cpu that is reserved for it on its node
@@ -156,6 +159,14 @@ impl KubernetesOptions {
     pub fn sends_agent(&self) -> bool {
         self.arrival() == Arrival::Stream
     }
+}
+
+fn network(text: &str) -> Result<String, String> {
+    check_cidr(text)?;
+    if text.ends_with("/0") {
+        return Err(format!("{text:?} is every address there is: an exam with `network: none` reaches none"));
+    }
+    Ok(text.to_owned())
 }
 
 fn label(text: &str) -> Result<(String, String), String> {

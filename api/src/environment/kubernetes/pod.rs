@@ -224,9 +224,9 @@ fn session_container(spec: &EnvironmentSpec, image: &str, options: &KubernetesOp
     if let Some(shell) = &spec.shell {
         command.extend(["--shell", shell]);
     }
-    // Kubernetes replaces $(NAME) in a value, and $$( means a plain $(.
+    // Kubernetes replaces $(NAME) in a value, and $$ by a plain $.
     let own = spec.env.iter().map(
-        |(name, value)| json!({ "name": format!("{ENV_PREFIX}{name}"), "value": value.replace("$(", "$$(") }),
+        |(name, value)| json!({ "name": format!("{ENV_PREFIX}{name}"), "value": value.replace('$', "$$") }),
     );
     let env: Vec<_> = API_SERVER.iter().map(|name| json!({ "name": name, "value": "" })).chain(own).collect();
     let mounts = match options.arrival() {

@@ -53,6 +53,15 @@ pub(super) fn closed(namespace: &str) -> Result<NetworkPolicy, String> {
     }))
 }
 
+/// Whether `found` denies what [`closed`] does.
+pub(super) fn closes(found: &NetworkPolicy, closed: &NetworkPolicy) -> bool {
+    let (Some(found), Some(closed)) = (&found.spec, &closed.spec) else { return false };
+    found.pod_selector == closed.pod_selector
+        && found.policy_types == closed.policy_types
+        && found.ingress.as_ref().is_none_or(Vec::is_empty)
+        && found.egress.as_ref().is_none_or(Vec::is_empty)
+}
+
 /// What an environment's exam opens; `None` when it opens nothing.
 pub(super) fn opened(request: &Create, options: &KubernetesOptions) -> Result<Option<NetworkPolicy>, String> {
     let egress = match &request.spec.network {
@@ -134,6 +143,21 @@ mod tests {
         let closed = serde_json::to_value(closed("n").unwrap()).unwrap();
         assert_eq!(closed["spec"]["policyTypes"], json!(["Ingress", "Egress"]));
         assert!(closed["spec"].get("ingress").is_none() && closed["spec"].get("egress").is_none());
+    }
+
+    #[test]
+    fn a_policy_that_somebody_has_weakened_does_not_close() {
+        let closed = closed("n").unwrap();
+        let changed = |pointer: &str, value: Value| {
+            let mut changed = serde_json::to_value(&closed).unwrap();
+            changed["spec"][pointer] = value;
+            serde_json::from_value::<NetworkPolicy>(changed).unwrap()
+        };
+        assert!(closes(&closed, &closed) && closes(&changed("egress", json!([])), &closed));
+        assert!(!closes(&changed("egress", json!([{}])), &closed));
+        assert!(!closes(&changed("ingress", json!([{}])), &closed));
+        assert!(!closes(&changed("policyTypes", json!(["Ingress"])), &closed));
+        assert!(!closes(&changed("podSelector", json!({ "matchLabels": { "a": "b" } })), &closed));
     }
 
     #[test]

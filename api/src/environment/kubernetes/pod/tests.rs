@@ -143,13 +143,13 @@ fn labels_say_whose_it_is_and_are_valid_for_any_exam() {
 #[test]
 fn variables_are_not_expanded_by_kubernetes() {
     let spec = EnvironmentSpec {
-        env: [("A".to_owned(), "$(PATH)".to_owned())].into(),
+        env: [("A".to_owned(), "$(PATH) a$$b $$(X) 5$".to_owned())].into(),
         ..EnvironmentSpec::default()
     };
     let pod = manifest(&request(spec), &options()).unwrap();
     let env = session(&pod)["env"].as_array().unwrap().clone();
     let (last, others) = env.split_last().unwrap();
-    assert_eq!(last, &json!({ "name": "CARREL_ENV_A", "value": "$$(PATH)" }));
+    assert_eq!(last, &json!({ "name": "CARREL_ENV_A", "value": "$$(PATH) a$$$$b $$$$(X) 5$$" }));
     // Where the API server is stays out of reach.
     assert!(
         others
