@@ -154,7 +154,6 @@ impl Server {
         let router = api_http::router(api).merge(web::router(web.clone()));
         parts.spawn(web.ended());
         let ssh = Arc::new(Ssh::new(Arc::clone(&auth), bridge, host_key, options.ssh_penalty_exempt.clone()));
-        parts.spawn(Arc::clone(&auth).stock_passwords(shutdown.clone()));
         parts.spawn(Arc::clone(&lifecycle).run(shutdown.clone()));
         parts.spawn(http::serve(http_listener, router, shutdown.clone()));
         parts.spawn(ssh.serve(ssh_listener, shutdown.clone()));

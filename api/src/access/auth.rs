@@ -7,7 +7,6 @@ use std::{
 
 use subtle::ConstantTimeEq as _;
 use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
@@ -133,17 +132,12 @@ impl Auth {
         result
     }
 
-    /// A new session's password and its hash.
+    /// Hashes a new session's password.
     ///
     /// # Errors
     /// [`LoginError::Overloaded`].
-    pub async fn new_password(&self) -> Result<(Password, String), LoginError> {
-        Ok(self.passwords.make().await?)
-    }
-
-    /// Makes passwords in advance, until `shutdown`.
-    pub async fn stock_passwords(self: Arc<Self>, shutdown: CancellationToken) {
-        shutdown.run_until_cancelled(self.passwords.stock()).await;
+    pub async fn hash(&self, password: &Password) -> Result<String, LoginError> {
+        Ok(self.passwords.hash(password).await?)
     }
 
     /// An SSH login by password. Also for a session that has ended: who knows its password is told why.

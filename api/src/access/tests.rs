@@ -25,12 +25,12 @@ async fn fixture() -> Fixture {
     let directory = tempfile::tempdir().unwrap();
     let store = Store::open(&format!("sqlite:{}", directory.path().join("db").display())).await.unwrap();
     let auth = Auth::new(store.clone(), &JwtOptions::default()).unwrap();
-    let (password, hash) = auth.new_password().await.unwrap();
+    let password = Password::new();
     let exam = Exam::from_yaml("id: e\ntitle: E\nduration_minutes: 5\n").unwrap();
     let new = NewSession {
         user_id: UserId::new(),
         exam: &exam,
-        password_hash: Some(hash),
+        password_hash: Some(auth.hash(&password).await.unwrap()),
         public_keys: vec![KEY.to_owned()],
     };
     let session = store.create_session(&new, &Actor::System).await.unwrap();

@@ -1,10 +1,9 @@
 //! Session passwords: made, hashed, checked, and the work for it bounded.
 use std::{
     collections::HashMap,
-    convert::Infallible,
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -12,7 +11,7 @@ use std::{
 
 use argon2::{Algorithm, Argon2, Params, PasswordHash, PasswordHasher as _, PasswordVerifier as _, Version};
 use rand::RngExt as _;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use zeroize::Zeroizing;
 
 use super::key::ServerKey;
@@ -38,12 +37,6 @@ const REMEMBERED: Duration = Duration::from_secs(60);
 const REMEMBERED_AT_ONCE: usize = 4096;
 /// Longest password that is looked at, bytes.
 const LONGEST: usize = 1024;
-/// New passwords that are kept with their hashes: an exam that begins is a burst of them, and then the processors have other work.
-const STOCK: usize = 64;
-/// The stock is filled up once no password was taken for this long,
-const QUIET: Duration = Duration::from_secs(30);
-/// with a pause after each hash: a quarter of one processor.
-const PACE: Duration = Duration::from_millis(75);
 
 /// Too many logins wait already. Another try in a few seconds is worth it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -100,9 +93,6 @@ struct Inner {
     /// Of this process only: what is remembered is of no use elsewhere.
     key: ServerKey,
     remembered: Mutex<HashMap<[u8; 32], Instant>>,
-    /// New ones that nobody has yet.
-    stock: Mutex<Vec<(Password, String)>>,
-    taken: Notify,
     /// Checked when there is nothing to check, so that an unknown session takes as long as a wrong password.
     dummy: String,
 }
@@ -129,65 +119,18 @@ impl Passwords {
             hashes: AtomicUsize::new(0),
             key: ServerKey::random(),
             remembered: Mutex::new(HashMap::new()),
-            stock: Mutex::new(Vec::new()),
-            taken: Notify::new(),
             dummy: hash(Password::new().expose()).unwrap_or_default(),
         }))
     }
 
-    /// A new password, and the hash to be stored, a PHC string. From the stock, if [`Passwords::stock`] runs and some are left.
+    /// The hash to be stored, a PHC string.
     ///
     /// # Errors
     /// [`Overloaded`] when too many wait.
-    pub async fn make(&self) -> Result<(Password, String), Overloaded> {
-        let kept = self.kept().pop();
-        self.0.taken.notify_one();
-        if let Some(both) = kept {
-            return Ok(both);
-        }
-        let password = Password::new();
-        let hash = self.hash(&password).await?;
-        Ok((password, hash))
-    }
-
-    async fn hash(&self, password: &Password) -> Result<String, Overloaded> {
+    pub async fn hash(&self, password: &Password) -> Result<String, Overloaded> {
         let turn = self.turn().await?;
         let text = password.0.clone();
         in_turn(turn, move || hash(&text)).await.flatten().ok_or(Overloaded)
-    }
-
-    /// Keeps a stock of new passwords. One hash at a time, while no password was asked for lately and nobody's hash is under way.
-    pub async fn stock(&self) -> Infallible {
-        loop {
-            let asked = self.0.taken.notified();
-            if self.kept().len() >= STOCK {
-                asked.await;
-            } else if tokio::time::timeout(QUIET, asked).await.is_err() {
-                self.fill().await;
-            }
-        }
-    }
-
-    /// Until it is full, or somebody else wants a hash or a password.
-    async fn fill(&self) {
-        while self.0.turns.available_permits() == AT_ONCE {
-            let before = self.kept().len();
-            let password = Password::new();
-            let Ok(hash) = self.hash(&password).await else { return };
-            {
-                let mut kept = self.kept();
-                let taken = kept.len() != before;
-                kept.push((password, hash));
-                if taken || kept.len() >= STOCK {
-                    return;
-                }
-            }
-            tokio::time::sleep(PACE).await;
-        }
-    }
-
-    fn kept(&self) -> MutexGuard<'_, Vec<(Password, String)>> {
-        self.0.stock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Is it the session's password? `stored` is `None` when there is no such session or no password opens it: the work is the same.
@@ -332,31 +275,6 @@ mod tests {
         let passwords = Passwords::new();
         assert_eq!(passwords.verify(SessionId::new(), None, "x").await, Ok(false));
         assert_eq!(passwords.0.hashes.load(Ordering::Relaxed), 1);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_stock_is_made_in_quiet_times_and_given_without_a_turn_each_once() {
-        let passwords = Passwords::new();
-        let filling = tokio::spawn({
-            let passwords = passwords.clone();
-            async move { passwords.stock().await }
-        });
-        while passwords.kept().len() < 3 {
-            tokio::time::sleep(PACE).await;
-        }
-        filling.abort();
-        assert!(filling.await.unwrap_err().is_cancelled());
-        let _all = passwords.0.turns.acquire_many(2).await.unwrap();
-        let mut seen = std::collections::HashSet::new();
-        while !passwords.kept().is_empty() {
-            let (password, hash) = passwords.make().await.unwrap();
-            assert!(verify(&hash, password.expose()));
-            assert!(seen.insert(password.expose().to_owned()));
-        }
-        assert!(seen.len() >= 3);
-        // The next one is hashed in its turn.
-        passwords.0.waiting.store(WAITING, Ordering::Relaxed);
-        assert_eq!(passwords.make().await.err(), Some(Overloaded));
     }
 
     #[tokio::test]
