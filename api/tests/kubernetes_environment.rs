@@ -612,6 +612,7 @@ async fn what_a_server_left_behind_between_two_calls_is_removed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_namespace_that_somebody_has_opened_is_closed_again() {
     let Some(backend) = Pods::open().await else { return };
+    backend.environment().check().await.unwrap();
     let policy = ["networkpolicy", "carrel-closed"];
     let open =
         [&["patch"], &policy[..], &["--type", "merge", "--patch", r#"{"spec":{"egress":[{}]}}"#]].concat();
