@@ -1,6 +1,7 @@
 //! Secrets and what is kept of them: API keys and tickets of our own making, session passwords, public keys.
 //!
 //! Nothing here knows who may do what: that is [`crate::access`]. No type of this module prints a secret.
+mod argon;
 mod key;
 mod password;
 mod public_key;

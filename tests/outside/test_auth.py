@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import re
@@ -339,6 +340,18 @@ def test_a_flood_of_600_connections_is_bounded_and_others_get_in(new_server: Cal
             one.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     wait_until("after the flood everybody gets in", lambda: session.ssh.run("echo in").stdout == b"in\n", within=10)
+
+
+def test_a_burst_of_new_sessions_leaves_the_server_small(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    server.create_session(ready=False)
+    before = rss_kib(server.pid)
+    # Each has a password, and hashing one takes 19 MiB.
+    with concurrent.futures.ThreadPoolExecutor(40) as executor:
+        list(executor.map(lambda _: server.create_session(ready=False), range(40)))
+    grown = rss_kib(server.pid) - before
+    print(f"{grown} KiB more after 40 at once")
+    assert grown < 80_000
 
 
 GARBAGE = {

@@ -9,12 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use argon2::{Algorithm, Argon2, Params, PasswordHash, PasswordHasher as _, PasswordVerifier as _, Version};
 use rand::RngExt as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use zeroize::Zeroizing;
 
-use super::key::ServerKey;
+use super::{argon::Scratch, key::ServerKey};
 use crate::identity::SessionId;
 
 /// Letters and digits that are not taken for each other on paper or screen.
@@ -25,7 +24,8 @@ const ALPHABET: [char; 31] = [
 /// Five groups of four: 20 x log2(31) = 99 bits.
 const GROUPS: usize = 5;
 
-/// Hashes at once: each takes 19 MiB and a core for 25 ms.
+/// Hashes at once: each takes 19 MiB and a core for 25 ms. That memory is kept, since every thread that may hash would else hold as much
+/// in a heap of its own.
 const AT_ONCE: usize = 2;
 /// Logins that wait for their turn; at 50 hashes a second the last one waits 10 s. More are answered [`Overloaded`].
 const WAITING: usize = 512;
@@ -82,12 +82,14 @@ impl fmt::Debug for Password {
     }
 }
 
-/// Argon2id over session passwords, at most two hashes at once in a process. Clones share the limit and the memory.
+/// Argon2id over session passwords, at most two hashes at once in a process. Clones share the limit and what is remembered.
 #[derive(Clone)]
 pub struct Passwords(Arc<Inner>);
 
 struct Inner {
     turns: Arc<Semaphore>,
+    /// The memory of the turns that nobody has now.
+    kept: Arc<Mutex<Vec<Scratch>>>,
     waiting: AtomicUsize,
     hashes: AtomicUsize,
     /// Of this process only: what is remembered is of no use elsewhere.
@@ -115,11 +117,12 @@ impl Passwords {
     pub fn new() -> Self {
         Self(Arc::new(Inner {
             turns: Arc::new(Semaphore::new(AT_ONCE)),
+            kept: Arc::default(),
             waiting: AtomicUsize::new(0),
             hashes: AtomicUsize::new(0),
             key: ServerKey::random(),
             remembered: Mutex::new(HashMap::new()),
-            dummy: hash(Password::new().expose()).unwrap_or_default(),
+            dummy: Scratch::default().hash(Password::new().expose()).unwrap_or_default(),
         }))
     }
 
@@ -130,7 +133,7 @@ impl Passwords {
     pub async fn hash(&self, password: &Password) -> Result<String, Overloaded> {
         let turn = self.turn().await?;
         let text = password.0.clone();
-        in_turn(turn, move || hash(&text)).await.flatten().ok_or(Overloaded)
+        in_turn(turn, move |scratch| scratch.hash(&text)).await.flatten().ok_or(Overloaded)
     }
 
     /// Is it the session's password? `stored` is `None` when there is no such session or no password opens it: the work is the same.
@@ -157,14 +160,15 @@ impl Passwords {
         let stored = stored.to_owned();
         let text = Zeroizing::new(password.chars().take(LONGEST).collect::<String>());
         self.0.hashes.fetch_add(1, Ordering::Relaxed);
-        let right = in_turn(turn, move || verify(&stored, &text)).await.unwrap_or(false) && known;
+        let right =
+            in_turn(turn, move |scratch| scratch.verify(&stored, &text)).await.unwrap_or(false) && known;
         if right {
             self.remember(mark);
         }
         Ok(right)
     }
 
-    async fn turn(&self) -> Result<OwnedSemaphorePermit, Overloaded> {
+    async fn turn(&self) -> Result<Turn, Overloaded> {
         struct Waiting<'a>(&'a AtomicUsize);
         impl Drop for Waiting<'_> {
             fn drop(&mut self) {
@@ -177,7 +181,7 @@ impl Passwords {
             return Err(Overloaded);
         }
         match tokio::time::timeout(TURN, Arc::clone(&self.0.turns).acquire_owned()).await {
-            Ok(Ok(turn)) => Ok(turn),
+            Ok(Ok(permit)) => Ok(Turn::new(permit, &self.0.kept)),
             _ => Err(Overloaded),
         }
     }
@@ -198,32 +202,35 @@ impl Passwords {
     }
 }
 
+/// The right to hash, and the memory for it, which goes back before the right does.
+struct Turn {
+    scratch: Scratch,
+    kept: Arc<Mutex<Vec<Scratch>>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Turn {
+    fn new(permit: OwnedSemaphorePermit, kept: &Arc<Mutex<Vec<Scratch>>>) -> Self {
+        let scratch = kept.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        Self { scratch, kept: Arc::clone(kept), _permit: permit }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let scratch = std::mem::take(&mut self.scratch);
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
+    }
+}
+
 /// Works off the async threads. The turn is held until the work is done, also when whoever asked has gone: else a client
 /// that hangs up at once could have any number of hashes under way.
 async fn in_turn<T: Send + 'static>(
-    turn: OwnedSemaphorePermit,
-    work: impl FnOnce() -> T + Send + 'static,
+    mut turn: Turn,
+    work: impl FnOnce(&mut Scratch) -> T + Send + 'static,
 ) -> Option<T> {
-    let done = tokio::task::spawn_blocking(move || {
-        let done = work();
-        drop(turn);
-        done
-    });
+    let done = tokio::task::spawn_blocking(move || work(&mut turn.scratch));
     done.await.ok()
-}
-
-/// Argon2id, 19 MiB, two passes, one lane: the first choice of OWASP's password storage recommendations.
-fn argon2() -> Option<Argon2<'static>> {
-    Some(Argon2::new(Algorithm::Argon2id, Version::V0x13, Params::new(19 * 1024, 2, 1, None).ok()?))
-}
-
-fn hash(password: &str) -> Option<String> {
-    Some(argon2()?.hash_password(password.as_bytes()).ok()?.to_string())
-}
-
-fn verify(stored: &str, password: &str) -> bool {
-    let (Some(argon2), Ok(stored)) = (argon2(), PasswordHash::new(stored)) else { return false };
-    argon2.verify_password(password.as_bytes(), &stored).is_ok()
 }
 
 #[cfg(test)]
@@ -283,7 +290,7 @@ mod tests {
         let (started, start) = std::sync::mpsc::channel();
         let (finish, finished) = std::sync::mpsc::channel::<()>();
         let turn = passwords.turn().await.unwrap();
-        let work = tokio::spawn(in_turn(turn, move || {
+        let work = tokio::spawn(in_turn(turn, move |_| {
             started.send(()).unwrap();
             finished.recv().unwrap();
         }));
