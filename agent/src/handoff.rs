@@ -143,7 +143,11 @@ async fn take(peer: &UnixStream) -> io::Result<Handed> {
         }
     })
     .await
-    .and_then(|(input, output)| Ok(Handed { input: Half::new(input)?, output: Half::new(output)? }))
+    .and_then(|(input, output)| {
+        // Both may be of one open file: its flags are read before either is changed.
+        let (of_input, of_output) = (rustix::fs::fcntl_getfl(&input)?, rustix::fs::fcntl_getfl(&output)?);
+        Ok(Handed { input: Half::new(input, of_input)?, output: Half::new(output, of_output)? })
+    })
 }
 
 /// A byte stream of two descriptors: pipes, sockets or a terminal.
@@ -161,8 +165,8 @@ struct Half {
 }
 
 impl Half {
-    fn new(descriptor: OwnedFd) -> io::Result<Self> {
-        let flags = rustix::fs::fcntl_getfl(&descriptor)?;
+    /// `flags` are the descriptor's, and are set again at the end.
+    fn new(descriptor: OwnedFd, flags: OFlags) -> io::Result<Self> {
         rustix::fs::fcntl_setfl(&descriptor, flags | OFlags::NONBLOCK)?;
         // Fewer wake-ups of both ends; as it is where it is no pipe, or the user may have no larger ones.
         let _ = rustix::pipe::fcntl_setpipe_size(&descriptor, PIPE);

@@ -3,15 +3,19 @@ use std::{
     ffi::OsStr,
     fs::Permissions,
     io::Write as _,
-    os::unix::{
-        fs::{MetadataExt as _, PermissionsExt as _},
-        process::CommandExt as _,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{MetadataExt as _, PermissionsExt as _},
+            process::CommandExt as _,
+        },
     },
     process::Stdio,
 };
 
 use carrel_agent::{flow, packed::Packed};
 use http::{HeaderMap, Method};
+use rustix::fs::OFlags;
 use tokio::{io::join, net::UnixStream, time::timeout};
 
 use crate::support::{Agent, DEADLINE, PROGRAM, new_id, open, read_all};
@@ -57,6 +61,30 @@ async fn when_connect_is_killed_its_connection_is_lost() {
     // Both ends of the pipes are still held here: only the agent can end it.
     let _ =
         timeout(DEADLINE, connection).await.expect("the agent held on to a connection whose connect is gone");
+}
+
+#[tokio::test]
+async fn a_socket_that_is_stdin_and_stdout_is_left_as_it_was() {
+    let agent = Agent::start().await;
+    let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+    let end = || Stdio::from(OwnedFd::from(far.try_clone().unwrap()));
+    let before = rustix::fs::fcntl_getfl(&far).unwrap();
+    let mut command = tokio::process::Command::new(PROGRAM);
+    command.args(["connect", "--socket"]).arg(agent.handed_socket());
+    let mut child = command.stdin(end()).stdout(end()).kill_on_drop(true).spawn().unwrap();
+    drop(command);
+    near.set_nonblocking(true).unwrap();
+    let (requests, connection) =
+        flow::client(Packed::new(UnixStream::from_std(near).unwrap())).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let mut stream = open(requests, Method::GET, "/v1/health", HeaderMap::new()).await.unwrap();
+    assert!(!read_all(&mut stream.input).await.is_empty());
+    assert!(rustix::fs::fcntl_getfl(&far).unwrap().contains(OFlags::NONBLOCK), "it is in use");
+    drop(stream);
+    connection.abort();
+    timeout(DEADLINE, child.wait()).await.expect("connect did not end").unwrap();
+    // What the other side of it has closed, the agent lets go of before it says that it is done.
+    assert_eq!(rustix::fs::fcntl_getfl(&far).unwrap(), before);
 }
 
 #[tokio::test]
