@@ -161,7 +161,7 @@ fn manifest(request: &Create, options: &KubernetesOptions) -> Result<Value, Stri
             "hostname": "exam",
             "restartPolicy": "Never",
             "securityContext": security(spec),
-            // Time for the agent to end what runs; what is left then is killed.
+            // Nothing that runs has anything to save: the first process takes no notice of SIGTERM, and all are killed after this.
             "terminationGracePeriodSeconds": 1,
             // A node that is away for a moment must not cost exams: whoever waits decides, not the cluster.
             "tolerations": [
