@@ -151,9 +151,16 @@ impl Drop for Agent {
     }
 }
 
+/// A connection that stays to the test's end. Of one that closes with its last stream it is left to chance whether the agent hears that
+/// the stream was reset, or only that the connection is gone.
 pub async fn connect(socket: &Path) -> SendRequest<Bytes> {
     let (requests, connection) = flow::client(UnixStream::connect(socket).await.unwrap()).await.unwrap();
-    tokio::spawn(connection);
+    let held = requests.clone();
+    tokio::spawn(async move {
+        // Its end is seen by whoever reads a stream of it.
+        let _ = connection.await;
+        drop(held);
+    });
     requests
 }
 
