@@ -2,6 +2,7 @@
 use std::{
     collections::HashMap,
     fmt,
+    ops::RangeInclusive,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -24,10 +25,10 @@ const ALPHABET: [char; 31] = [
 /// Five groups of four: 20 x log2(31) = 99 bits.
 const GROUPS: usize = 5;
 
-/// Hashes at once: each takes 19 MiB and a core for 25 ms. That memory is kept, since every thread that may hash would else hold as much
-/// in a heap of its own.
-const AT_ONCE: usize = 2;
-/// Logins that wait for their turn; at 50 hashes a second the last one waits 10 s. More are answered [`Overloaded`].
+/// Hashes at once: half the processors, the rest is for who is in already; two at least, and at most so many. Each takes a processor
+/// for 25 ms and 19 MiB, which are kept: every thread that may hash would else hold as much in a heap of its own.
+const AT_ONCE: RangeInclusive<usize> = 2..=16;
+/// Logins that wait for their turn; on two processors, with 50 hashes a second, the last one waits 10 s. More are answered [`Overloaded`].
 const WAITING: usize = 512;
 /// Longest wait for a turn, then [`Overloaded`]: the client's own login deadline is 30 s.
 const TURN: Duration = Duration::from_secs(15);
@@ -82,7 +83,7 @@ impl fmt::Debug for Password {
     }
 }
 
-/// Argon2id over session passwords, at most two hashes at once in a process. Clones share the limit and what is remembered.
+/// Argon2id over session passwords, a limited number of hashes at once in a process. Clones share the limit and what is remembered.
 #[derive(Clone)]
 pub struct Passwords(Arc<Inner>);
 
@@ -116,7 +117,7 @@ impl Passwords {
     #[must_use]
     pub fn new() -> Self {
         Self(Arc::new(Inner {
-            turns: Arc::new(Semaphore::new(AT_ONCE)),
+            turns: Arc::new(Semaphore::new(at_once())),
             kept: Arc::default(),
             waiting: AtomicUsize::new(0),
             hashes: AtomicUsize::new(0),
@@ -200,6 +201,11 @@ impl Passwords {
             remembered.insert(mark, Instant::now());
         }
     }
+}
+
+fn at_once() -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    (processors / 2).clamp(*AT_ONCE.start(), *AT_ONCE.end())
 }
 
 /// The right to hash, and the memory for it, which goes back before the right does.
@@ -297,16 +303,16 @@ mod tests {
         tokio::task::spawn_blocking(move || start.recv().unwrap()).await.unwrap();
         work.abort();
         assert!(work.await.unwrap_err().is_cancelled());
-        assert_eq!(passwords.0.turns.available_permits(), AT_ONCE - 1);
+        assert_eq!(passwords.0.turns.available_permits(), at_once() - 1);
         finish.send(()).unwrap();
-        let all = passwords.0.turns.acquire_many(2);
+        let all = passwords.0.turns.acquire_many(at_once() as u32);
         assert!(tokio::time::timeout(Duration::from_secs(10), all).await.is_ok());
     }
 
     #[tokio::test]
     async fn the_queue_is_limited_and_says_so_at_once() {
         let passwords = Passwords::new();
-        let _all = passwords.0.turns.acquire_many(2).await.unwrap();
+        let _all = passwords.0.turns.acquire_many(at_once() as u32).await.unwrap();
         passwords.0.waiting.store(WAITING, Ordering::Relaxed);
         assert_eq!(passwords.verify(SessionId::new(), None, "x").await, Err(Overloaded));
         assert_eq!(passwords.0.waiting.load(Ordering::Relaxed), WAITING);
