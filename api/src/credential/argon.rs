@@ -1,4 +1,4 @@
-//! Argon2id in memory that its caller keeps: made anew for each hash it costs more, and each thread's heap would hold on to it.
+//! Argon2id in memory that its caller keeps: taken anew for each hash, it would stay in the heap of each thread that ever hashed.
 use argon2::{
     Algorithm, Argon2, Block, Params, PasswordHash, Version,
     password_hash::phc::{Output, ParamsString, Salt},
