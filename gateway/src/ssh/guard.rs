@@ -1,5 +1,5 @@
-//! The TCP stream of one SSH connection, with the three things that russh's loop cannot do by itself: be ended from
-//! outside at any point, read slowly while too much waits, and give up on a peer that takes nothing.
+//! The TCP stream of one SSH connection, with the four things that russh's loop cannot do by itself: be ended from
+//! outside at any point, read slowly while too much waits, acknowledge at once, and give up on a peer that takes nothing.
 use std::{
     io,
     pin::Pin,
@@ -69,7 +69,15 @@ impl Guarded {
             self.buffer.reserve(READ);
             match self.stream.try_read_buf(&mut self.buffer) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.buffer = BytesMut::new(),
-                result => return Poll::Ready(result.map(drop)),
+                Ok(length) => {
+                    if length < READ {
+                        // An ssh client without a terminal leaves Nagle's algorithm on: what it writes next waits until this has been
+                        // acknowledged, which the kernel puts off by 40 ms where nothing is answered. The option holds for a while only.
+                        let _ = self.stream.set_quickack(true);
+                    }
+                    return Poll::Ready(Ok(()));
+                }
+                Err(error) => return Poll::Ready(Err(error)),
             }
         }
     }
