@@ -19,7 +19,7 @@ pub use self::agent::Agent;
 use crate::{
     exam::EnvironmentSpec,
     identity::{EnvironmentId, SessionId, UserId},
-    reason::Reason,
+    reason::{Reason, ReasonCode},
 };
 
 /// A duplex byte stream to the agent of one environment; HTTP/2 is spoken over it.
@@ -57,6 +57,20 @@ pub enum Phase {
     Ending,
     /// It cannot become or stay usable. Its remains still want [`Environment::destroy`].
     Failed(Reason),
+}
+
+impl Phase {
+    /// Why an environment that has been there is not to be used any more, if so; `None` for a phase is one that is gone.
+    #[must_use]
+    pub fn loss(phase: Option<&Self>) -> Option<Reason> {
+        let why = match phase {
+            Some(Self::Starting { .. } | Self::Up) => return None,
+            Some(Self::Failed(reason)) => return Some(reason.clone()),
+            Some(Self::Ending) => "The environment is being destroyed.",
+            None => "The environment is no longer there.",
+        };
+        Some(Reason::new(ReasonCode::EnvironmentLost, why))
+    }
 }
 
 /// One environment as seen last.

@@ -183,6 +183,21 @@ async fn an_environment_that_goes_takes_its_session_with_it_within_ten_seconds()
     world.close().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_environment_that_goes_while_its_exam_is_prepared_takes_its_session_with_it() {
+    let world = World::sqlite().await;
+    let server = world.server().await;
+    let session = server.create(&exam_with(serde_json::json!({ "setup": "sleep 600" }))).await;
+    let preparing = server.until(session.id, |session| session.step >= 3).await;
+    let began = Instant::now();
+    server.environment.destroy(preparing.environment_id.unwrap()).await.unwrap();
+    assert_eq!(server.ended(session.id).await, (State::Failed, ReasonCode::EnvironmentLost));
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    server.released(session.id).await;
+    server.stop().await;
+    world.close().await;
+}
+
 /// Ends an environment's first process: the one whose command names the environment's own agent.
 fn kill_agent(name: &str) {
     let prefix = format!("/run/carrel/{name}");

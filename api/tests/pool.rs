@@ -18,11 +18,11 @@ mod world;
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use carrel_api::{
-    environment::{Environment as _, Observation},
+    environment::{Environment as _, Observation, Phase},
     exam::Exam,
     identity::EnvironmentId,
     reason::ReasonCode,
@@ -140,6 +140,25 @@ async fn one_that_dies_is_replaced_and_a_crashed_server_finds_its_pool_again() {
         }
     };
     tokio::time::timeout(PATIENCE, replaced).await.expect("it is replaced");
+    close(world, server, &exam).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_goes_while_it_is_prepared_leaves_the_pool() {
+    let world = World::sqlite().await;
+    let exam = warm_exam(1, serde_json::json!({ "setup": "sleep 600" }));
+    let server = world.server().await;
+    server.store.put_exam(&exam).await.unwrap();
+    let victim = *rows(&server, &[(WarmState::Making, 1)]).await.first().unwrap();
+    let mut observation = server.environment.observe();
+    let up =
+        |look: &Arc<Observation>| look.environments.get(&victim).is_some_and(|seen| seen.phase == Phase::Up);
+    tokio::time::timeout(PATIENCE, observation.wait_for(up)).await.expect("it is up").unwrap();
+    server.environment.destroy(victim).await.unwrap();
+    // Long before its start would be overdue. Its exam's next one comes after a pause of 5 s.
+    let began = Instant::now();
+    rows(&server, &[]).await;
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     close(world, server, &exam).await;
 }
 

@@ -5,7 +5,7 @@ use super::{Lifecycle, flight::Done};
 use crate::{
     environment::{EnvironmentError, Phase},
     identity::{EnvironmentId, SessionId, UserId},
-    reason::{Reason, ReasonCode},
+    reason::Reason,
     session::{Session, State},
     store::{Actor, StoreError, Transition},
 };
@@ -28,26 +28,23 @@ impl Lifecycle {
     /// Looks directly at an environment that seems lost, and fails the session only if it is.
     pub(super) async fn confirm(&self, session: Session) -> Done {
         let Some(id) = session.environment_id else { return Done::Again };
-        let inspected = {
-            let Ok(_turn) = self.confirming.acquire().await else { return Done::Again };
-            self.environment.inspect(id).await
-        };
-        let reason = match inspected.map(|observed| observed.map(|observed| observed.phase)) {
-            Ok(None) | Err(EnvironmentError::NotFound) => {
-                Reason::new(ReasonCode::EnvironmentLost, "The environment is no longer there.")
-            }
-            Ok(Some(Phase::Ending)) => {
-                Reason::new(ReasonCode::EnvironmentLost, "The environment is being destroyed.")
-            }
-            Ok(Some(Phase::Failed(reason))) => reason,
-            // There after all: the look was old.
-            Ok(Some(Phase::Starting { .. } | Phase::Up)) => return Done::Again,
+        match self.loss(id).await {
+            Some(reason) => self.finish(&session, State::Failed, reason).await,
+            None => Done::Again,
+        }
+    }
+
+    /// Looks directly at an environment that seems lost: why it is; `None` when it is there after all, or cannot be looked at.
+    pub(super) async fn loss(&self, id: EnvironmentId) -> Option<Reason> {
+        let _turn = self.confirming.acquire().await.ok()?;
+        match self.environment.inspect(id).await {
+            Ok(observed) => Phase::loss(observed.map(|observed| observed.phase).as_ref()),
+            Err(EnvironmentError::NotFound) => Phase::loss(None),
             Err(error) => {
                 tracing::warn!(%error, "an environment that seems lost could not be looked at");
-                return Done::Again;
+                None
             }
-        };
-        self.finish(&session, State::Failed, reason).await
+        }
     }
 
     /// Ends an ended session's environment, and releases the session once it is gone.

@@ -43,6 +43,15 @@ impl Seen {
             None => Self::Unknown,
         }
     }
+
+    /// Why an environment that is there is lost all the same, if it is.
+    #[must_use]
+    pub fn loss(&self) -> Option<Reason> {
+        match self {
+            Self::Present(phase) => Phase::loss(Some(phase)),
+            Self::Absent | Self::Unknown => None,
+        }
+    }
 }
 
 /// What is to be done next. Each may be done twice without harm.
@@ -82,19 +91,19 @@ pub fn decide(session: &Session, seen: &Seen, now: i64) -> Step {
     if now >= until {
         return end(to, overdue(session, code));
     }
+    if session.state != State::Created
+        && let Some(reason) = seen.loss()
+    {
+        return end(State::Failed, reason);
+    }
     match (session.state, seen) {
         (State::Created, Seen::Unknown) if now < left_to_others(session) => {
             Step::Wait { until: left_to_others(session) }
         }
         (State::Created, _) => Step::Provision,
-        (_, Seen::Present(Phase::Failed(reason))) => end(State::Failed, reason.clone()),
-        (_, Seen::Present(Phase::Ending)) => end(
-            State::Failed,
-            Reason::new(ReasonCode::EnvironmentLost, "The environment is being destroyed."),
-        ),
         (State::Initializing, _) => Step::Start,
         (_, Seen::Absent) => Step::Confirm,
-        (_, Seen::Unknown | Seen::Present(Phase::Starting { .. } | Phase::Up)) => Step::Wait { until },
+        (_, Seen::Unknown | Seen::Present(_)) => Step::Wait { until },
     }
 }
 

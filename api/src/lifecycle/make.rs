@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Lifecycle,
+    decide::Seen,
     early::{self, Waiting},
     flight::pause,
 };
@@ -87,9 +88,38 @@ impl Making<'_> {
         let link = self.reach(&mut observation, witness).await?;
         if let Some(script) = &self.request.spec.setup {
             witness.step(PREPARING).await?;
-            self.set_up(link, script).await?;
+            tokio::select! {
+                done = self.set_up(link, script) => done?,
+                reason = self.lost(&mut observation) => return Err(Stop::Fail(reason)),
+            }
         }
         Ok(())
+    }
+
+    /// Resolves when the environment, which has been there, is lost.
+    async fn lost(&self, observation: &mut watch::Receiver<Arc<Observation>>) -> Reason {
+        loop {
+            let seen = self.seen(observation);
+            if let Some(reason) = self.loss(&seen).await {
+                return reason;
+            }
+            tokio::select! {
+                _ = observation.changed() => {}
+                () = tokio::time::sleep(LOOK) => {}
+            }
+        }
+    }
+
+    fn seen(&self, observation: &mut watch::Receiver<Arc<Observation>>) -> Seen {
+        Seen::at(Some(self.request.environment_id), &observation.borrow_and_update())
+    }
+
+    /// Why an environment that has been there is lost, if it is. One that is gone need not have been seen to end.
+    async fn loss(&self, seen: &Seen) -> Option<Reason> {
+        match seen {
+            Seen::Absent => self.lifecycle.loss(self.request.environment_id).await,
+            Seen::Present(_) | Seen::Unknown => seen.loss(),
+        }
     }
 
     /// Has the environment made. Is never broken off half-way: a destruction that follows must find all of it.
@@ -129,25 +159,20 @@ impl Making<'_> {
         let mut asked = Instant::now();
         let mut waits = None;
         let mut delay = PROBE.0;
+        let mut there = false;
         loop {
-            let look = Arc::clone(&observation.borrow_and_update());
-            let seen = look.environments.get(&self.request.environment_id);
-            let phase = seen.map(|observed| &observed.phase);
-            if !matches!(phase, Some(Phase::Starting { reachable: true, .. })) {
+            let seen = self.seen(observation);
+            there |= matches!(seen, Seen::Present(_));
+            if there && let Some(reason) = self.loss(&seen).await {
+                return Err(Stop::Fail(reason));
+            }
+            if !matches!(seen, Seen::Present(Phase::Starting { reachable: true, .. })) {
                 waits = None;
             }
-            let wait = match phase {
-                Some(Phase::Up) => {
-                    if let Some(link) = self.probe().await? {
-                        return Ok(link);
-                    }
-                    let wait = delay;
-                    delay = (delay * 2).min(PROBE.1);
-                    wait
-                }
-                Some(Phase::Starting { step, reachable: maybe }) => {
-                    witness.step(*step).await?;
-                    if *maybe {
+            let wait = match seen {
+                Seen::Present(Phase::Starting { step, reachable: maybe }) => {
+                    witness.step(step).await?;
+                    if maybe {
                         let waiting = waits.get_or_insert_with(|| self.lifecycle.early.join());
                         if waiting.is_one_of_few() {
                             if let Some(link) = self.probe_early(waiting, observation).await? {
@@ -158,15 +183,21 @@ impl Making<'_> {
                     }
                     LOOK
                 }
-                // The next pass draws the conclusion.
-                Some(Phase::Ending | Phase::Failed(_)) => return Err(Stop::Yield),
-                None => {
-                    if look.is_current() && asked.elapsed() >= CREATE_AGAIN {
-                        self.create().await?;
-                        asked = Instant::now();
+                // Up: in any other phase it is lost.
+                Seen::Present(_) => {
+                    if let Some(link) = self.probe().await? {
+                        return Ok(link);
                     }
+                    let wait = delay;
+                    delay = (delay * 2).min(PROBE.1);
+                    wait
+                }
+                Seen::Absent if !there && asked.elapsed() >= CREATE_AGAIN => {
+                    self.create().await?;
+                    asked = Instant::now();
                     LOOK
                 }
+                Seen::Absent | Seen::Unknown => LOOK,
             };
             tokio::select! {
                 () = self.cancel.cancelled() => return Err(Stop::Yield),

@@ -18,7 +18,7 @@ use super::{
     make::{Making, Stop, Witness},
 };
 use crate::{
-    environment::{Create, EnvironmentError, Observation, Phase},
+    environment::{Create, Observation, Phase},
     reason::{Reason, ReasonCode},
     store::{StoreError, WarmEnvironment, WarmExam, WarmState},
 };
@@ -120,14 +120,11 @@ const fn freshest(now: i64) -> i64 {
 /// Decides about one without a look at the others.
 fn alone(row: &WarmEnvironment, seen: &Seen, now: i64) -> Step {
     let age = now.saturating_sub(row.created_at);
+    let lost = seen.loss();
     match (row.state, seen) {
         (WarmState::Ending, _) => Step::Destroy,
         _ if !row.wanted || age >= KEPT_MS => Step::End(None),
-        (_, Seen::Present(Phase::Failed(reason))) => Step::End(Some(reason.clone())),
-        (_, Seen::Present(Phase::Ending)) => {
-            let why = "The environment is being destroyed.";
-            Step::End(Some(Reason::new(ReasonCode::EnvironmentLost, why)))
-        }
+        _ if lost.is_some() => Step::End(lost),
         (WarmState::Making, _) if age >= START_TIMEOUT_MS => Step::End(Some(ReasonCode::StartTimeout.into())),
         (WarmState::Making, _) => Step::Make { new: false },
         (WarmState::Ready, Seen::Absent) => Step::Confirm,
@@ -224,13 +221,9 @@ impl Lifecycle {
     }
 
     async fn confirm_warm(&self, row: &WarmEnvironment) -> Result<Done, StoreError> {
-        match self.environment.inspect(row.id).await {
-            Ok(None) | Err(EnvironmentError::NotFound) => {
-                let why = "The environment is no longer there.";
-                self.retire(row, Some(Reason::new(ReasonCode::EnvironmentLost, why))).await
-            }
-            // Whatever else it is, the next look sees it.
-            Ok(Some(_)) | Err(_) => Ok(Done::Again),
+        match self.loss(row.id).await {
+            Some(reason) => self.retire(row, Some(reason)).await,
+            None => Ok(Done::Again),
         }
     }
 
