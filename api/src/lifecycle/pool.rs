@@ -18,7 +18,7 @@ use super::{
     make::{Making, Stop, Witness},
 };
 use crate::{
-    environment::{Create, Observation, Phase},
+    environment::{Create, Observation},
     reason::{Reason, ReasonCode},
     store::{StoreError, WarmEnvironment, WarmExam, WarmState},
 };
@@ -274,7 +274,10 @@ impl Witness for Nobody {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{environment::Observed, identity::EnvironmentId};
+    use crate::{
+        environment::{Observed, Phase},
+        identity::EnvironmentId,
+    };
 
     const NOW: i64 = 100 * 3_600_000;
 
