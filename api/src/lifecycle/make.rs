@@ -72,6 +72,8 @@ pub(super) struct Making<'a> {
     pub request: &'a Create,
     /// Its name was given by this process just now: nobody else can have begun.
     pub new: bool,
+    /// Somebody waits for it: its agent is tried before the backend says that it is up.
+    pub early: bool,
     /// How many may call the backend and agents at once.
     pub turns: &'a Semaphore,
     pub cancel: &'a CancellationToken,
@@ -172,7 +174,7 @@ impl Making<'_> {
             let wait = match seen {
                 Seen::Present(Phase::Starting { step, reachable: maybe }) => {
                     witness.step(step).await?;
-                    if maybe {
+                    if maybe && self.early {
                         let waiting = waits.get_or_insert_with(|| self.lifecycle.early.join());
                         if waiting.is_one_of_few() {
                             if let Some(link) = self.probe_early(waiting, observation).await? {

@@ -61,7 +61,8 @@ impl Lifecycle {
                 lifetime_seconds: recipe.lifetime_seconds(),
                 spec: recipe.environment,
             };
-            let making = Making { lifecycle: self, request: &request, new, turns: &self.starting, cancel };
+            let turns = &self.starting;
+            let making = Making { lifecycle: self, request: &request, new, early: true, turns, cancel };
             making.run(&mut Progress { lifecycle: self, session }).await?;
         }
         loop {
