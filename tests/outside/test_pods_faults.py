@@ -455,10 +455,9 @@ def test_sessions_outlive_a_kubelet_that_is_away_until_the_node_is_not_ready(clu
         session.wait_state("ready", within=READY_WITHIN)
     wait_until("one is kept warm", lambda: kept_warm(server) == 1, READY_WITHIN)
     # Of one that the cluster does not yet say to run, it could not say either that its node is lost.
-    assert server.namespace
-    pods = server.namespace.environments()
-    kept = {name: phase for name, phase in pods.items() if name.removeprefix("Pod/") not in map(pod_of, (running, ended))}
-    assert list(kept.values()) == ["Running"], pods
+    pods = server.environments()
+    kept = pods.keys() - {*of(running), *of(ended)}
+    assert [pods[name] for name in kept] == ["Running"], pods
     graded = Command(running.ssh, "echo up; sleep 300")
     with counting(running) as terminal:
         with away(cluster, "kubelet", "stop") as fault:

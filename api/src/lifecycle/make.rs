@@ -72,8 +72,6 @@ pub(super) struct Making<'a> {
     pub request: &'a Create,
     /// Its name was given by this process just now: nobody else can have begun.
     pub new: bool,
-    /// Somebody waits for it: its agent is tried before the backend says that it is up.
-    pub early: bool,
     /// How many may call the backend and agents at once.
     pub turns: &'a Semaphore,
     pub cancel: &'a CancellationToken,
@@ -174,7 +172,7 @@ impl Making<'_> {
             let wait = match seen {
                 Seen::Present(Phase::Starting { step, reachable: maybe }) => {
                     witness.step(step).await?;
-                    if maybe && self.early {
+                    if maybe && self.is_awaited() {
                         let waiting = waits.get_or_insert_with(|| self.lifecycle.early.join());
                         if waiting.is_one_of_few() {
                             if let Some(link) = self.probe_early(waiting, observation).await? {
@@ -207,6 +205,12 @@ impl Making<'_> {
                 () = tokio::time::sleep(wait) => {}
             }
         }
+    }
+
+    /// A session has it, and somebody waits: its agent is tried before the backend says that it is up. One that is kept warm is ready only
+    /// after that: whoever claims it relies on what the backend says of it from then on.
+    fn is_awaited(&self) -> bool {
+        self.request.owner.is_some()
     }
 
     /// One attempt at an agent that is perhaps there; none when the backend has news first.

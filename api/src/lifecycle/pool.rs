@@ -203,9 +203,7 @@ impl Lifecycle {
             lifetime_seconds: recipe.lifetime_seconds().saturating_add(KEPT_MS.unsigned_abs() / 1000),
             spec: recipe.environment,
         };
-        // Whoever claims it relies on what the backend says of it from then on: that must have begun.
-        let early = false;
-        let making = Making { lifecycle: self, request: &request, new, early, turns: &self.warming, cancel };
+        let making = Making { lifecycle: self, request: &request, new, turns: &self.warming, cancel };
         match making.run(&mut Nobody).await {
             Ok(()) => {
                 if self.store.move_warm(row.id, WarmState::Making, WarmState::Ready).await? {

@@ -61,8 +61,7 @@ impl Lifecycle {
                 lifetime_seconds: recipe.lifetime_seconds(),
                 spec: recipe.environment,
             };
-            let turns = &self.starting;
-            let making = Making { lifecycle: self, request: &request, new, early: true, turns, cancel };
+            let making = Making { lifecycle: self, request: &request, new, turns: &self.starting, cancel };
             making.run(&mut Progress { lifecycle: self, session }).await?;
         }
         loop {
